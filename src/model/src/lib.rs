@@ -1,0 +1,16 @@
+//! The rules of Tandem in plain Rust: no Postgres, no clock of its own, no I/O.
+//!
+//! Everything that decides (who had seen what, who wins, what is on record, what may be forgotten) is
+//! here, so that it can be tested over random histories without a server. The edges load facts, call
+//! this crate, and execute what it decides.
+#![forbid(unsafe_code)]
+
+pub mod change;
+pub mod descriptor;
+pub mod hlc;
+pub mod judge;
+pub mod record;
+pub mod session;
+pub mod stable;
+pub mod versions;
+pub mod wire;

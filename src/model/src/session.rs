@@ -1,0 +1,1 @@
+//! The exchange as a state machine without I/O: `step(event) -> actions`.
