@@ -63,12 +63,12 @@ fn cells_in(input: &CStr) -> SqlCells {
                 format!("invalid input syntax for type tandem.cells: \"{}\"", input.to_string_lossy()),
                 "The form is \"birth=VERSION,dead=VERSION,3=VERSION\"; each part may be left out."
             );
-            unreachable!()
         }
     }
 }
 
-fn parse(input: &str) -> Option<Versions> {
+/// Reads the text form; `None` if it is none.
+pub fn parse(input: &str) -> Option<Versions> {
     let mut versions = Versions::default();
     for part in input.split(',').filter(|p| !p.is_empty()) {
         let (name, value) = part.split_once('=')?;

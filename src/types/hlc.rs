@@ -1,6 +1,7 @@
 //! `tandem.hlc` and `tandem.position`: text and binary input and output, and their parts.
 //! Comparison, hashing and sorting are Postgres's own int8 functions (see `sql/types.sql`): both values
 //! keep the top bit clear until the year 2093.
+use pgrx::Internal;
 use pgrx::callconv::{Arg, ArgAbi, BoxRet, FcInfo};
 use pgrx::datum::Datum;
 use pgrx::nullable::Nullable;
@@ -8,7 +9,6 @@ use pgrx::pgrx_sql_entity_graph::metadata::{
     ArgumentError, ReturnsError, ReturnsRef, SqlMappingRef, SqlTranslatable, TypeOrigin,
 };
 use pgrx::prelude::*;
-use pgrx::Internal;
 use std::ffi::{CStr, CString};
 use tandem_model::hlc::{Hlc, Position};
 
@@ -85,7 +85,6 @@ fn invalid_text(type_name: &str, input: &CStr) -> ! {
         format!("invalid input syntax for type {type_name}: \"{}\"", input.to_string_lossy()),
         "The form is \"2026-11-23 15:45:12.345Z/17@1\": time in UTC, counter, node; or 0."
     );
-    unreachable!()
 }
 
 #[pg_extern(immutable, strict, parallel_safe)]
@@ -156,7 +155,6 @@ fn receive(message: &mut Internal, type_name: &str) -> u64 {
                 PgSqlErrorCode::ERRCODE_INVALID_BINARY_REPRESENTATION,
                 format!("invalid binary value for type {type_name}")
             );
-            unreachable!()
         }
     }
 }
@@ -189,4 +187,3 @@ pub fn unix_millis(ms: i64) -> TimestampWithTimeZone {
     TimestampWithTimeZone::try_from((ms - UNIX_TO_POSTGRES_MS) * 1000)
         .unwrap_or_else(|_| TimestampWithTimeZone::negative_infinity())
 }
-

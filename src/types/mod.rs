@@ -2,7 +2,8 @@
 mod cells;
 mod hlc;
 
-pub use hlc::{SqlHlc, SqlPosition};
+pub use cells::parse as parse_cells;
+pub use hlc::{SqlHlc, SqlPosition, unix_millis};
 
 pgrx::extension_sql!(
     "create type hlc;\ncreate type \"position\";\ncreate type cells;",
@@ -13,9 +14,22 @@ pgrx::extension_sql_file!(
     "../../sql/types.sql",
     name = "types",
     requires = [
-        hlc::hlc_in, hlc::hlc_out, hlc::hlc_recv, hlc::hlc_send, hlc::hlc_time, hlc::hlc_counter, hlc::hlc_node,
-        hlc::position_in, hlc::position_out, hlc::position_recv, hlc::position_send, hlc::position_time,
-        cells::cells_in, cells::cells_out, cells::cells_recv, cells::cells_send
+        hlc::hlc_in,
+        hlc::hlc_out,
+        hlc::hlc_recv,
+        hlc::hlc_send,
+        hlc::hlc_time,
+        hlc::hlc_counter,
+        hlc::hlc_node,
+        hlc::position_in,
+        hlc::position_out,
+        hlc::position_recv,
+        hlc::position_send,
+        hlc::position_time,
+        cells::cells_in,
+        cells::cells_out,
+        cells::cells_recv,
+        cells::cells_send
     ]
 );
 pgrx::extension_sql_file!("../../sql/catalog.sql", name = "catalog", requires = ["types"]);

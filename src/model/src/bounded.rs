@@ -35,9 +35,7 @@ pub fn list<'de, D: Deserializer<'de>, T: Deserialize<'de>>(from: D) -> Result<V
 }
 
 /// The same for an optional list.
-pub fn optional<'de, D: Deserializer<'de>, T: Deserialize<'de>>(
-    from: D,
-) -> Result<Option<Vec<T>>, D::Error> {
+pub fn optional<'de, D: Deserializer<'de>, T: Deserialize<'de>>(from: D) -> Result<Option<Vec<T>>, D::Error> {
     #[derive(serde::Deserialize)]
     #[serde(bound(deserialize = "T: Deserialize<'de>"))]
     struct List<T>(#[serde(deserialize_with = "list")] Vec<T>);

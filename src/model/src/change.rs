@@ -61,10 +61,7 @@ pub enum Item<'a> {
     #[serde(borrow)]
     Change(Change<'a>),
     /// The table was emptied; the version is its table-level `dead`.
-    Truncate {
-        descriptor: DescriptorId,
-        version: Hlc,
-    },
+    Truncate { descriptor: DescriptorId, version: Hlc },
     /// A conflict record or a decision on one: serde_json of [`crate::record::Record`].
     Record(#[serde(borrow)] &'a serde_bytes::Bytes),
 }
@@ -73,12 +70,7 @@ impl Change<'_> {
     /// Checks what a peer could get wrong (I13): every version in the change is one of `sender`'s, the
     /// greatest of them is `version`, cells are in order, and the shape fits the operation.
     pub fn check(&self, sender: NodeId) -> Result<(), DecodeError> {
-        let wrong = |why: &str| {
-            Err(DecodeError {
-                what: "change",
-                why: why.into(),
-            })
-        };
+        let wrong = |why: &str| Err(DecodeError { what: "change", why: why.into() });
         let of_sender = |v: Hlc| v.node() == sender && !v.is_zero();
         if !of_sender(self.version) || !self.cells.iter().all(|c| of_sender(c.version)) {
             return wrong("a version is not the sending node's");
@@ -100,13 +92,9 @@ impl Change<'_> {
             Op::Insert if self.version != self.life && greatest != Some(self.version) => {
                 wrong("no cell has the version")
             }
-            Op::Insert if self.cells.iter().any(|c| c.version < self.life) => {
-                wrong("a cell is older than its row")
-            }
+            Op::Insert if self.cells.iter().any(|c| c.version < self.life) => wrong("a cell is older than its row"),
             Op::Update if greatest != Some(self.version) => wrong("no cell has the version"),
-            Op::Update | Op::Delete if self.life >= self.version => {
-                wrong("a row born after its change")
-            }
+            Op::Update | Op::Delete if self.life >= self.version => wrong("a row born after its change"),
             Op::Delete if !self.cells.is_empty() => wrong("a delete with cells"),
             _ => Ok(()),
         }
@@ -121,12 +109,7 @@ mod tests {
         Hlc(counter * 64 + 2)
     }
     fn change(op: Op) -> Change<'static> {
-        let cell = |cell, at| CellChange {
-            cell,
-            version: v(at),
-            new: vec![None],
-            old: vec![],
-        };
+        let cell = |cell, at| CellChange { cell, version: v(at), new: vec![None], old: vec![] };
         Change {
             descriptor: 1,
             op,
@@ -150,10 +133,7 @@ mod tests {
     fn what_capture_makes_passes() {
         for op in [Op::Insert, Op::Update, Op::Delete] {
             assert_eq!(change(op).check(NodeId(2)), Ok(()));
-            assert!(
-                change(op).check(NodeId(1)).is_err(),
-                "{op:?} of another node"
-            );
+            assert!(change(op).check(NodeId(1)).is_err(), "{op:?} of another node");
         }
         let mut netted = change(Op::Insert);
         (netted.cells[1].version, netted.version) = (v(9), v(9));

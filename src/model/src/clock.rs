@@ -2,9 +2,7 @@
 //!
 //! Plain data without pointers, meant for shared memory; every operation is lock-free. Invariant: ticks
 //! are unique and rise, whatever the wall clock does; a full counter carries into the millisecond.
-use crate::hlc::{
-    COUNTER_SHIFT, EPOCH_UNIX_MS, Hlc, MILLIS_SHIFT, NODE_MASK, NodeId, Position, pack,
-};
+use crate::hlc::{COUNTER_SHIFT, EPOCH_UNIX_MS, Hlc, MILLIS_SHIFT, NODE_MASK, NodeId, Position, pack};
 use hlc_gen::source::ManualClock;
 use hlc_gen::{HlcGenerator, HlcTimestamp};
 
@@ -45,15 +43,12 @@ impl Clock {
         if hlc.unix_millis() > LAST_UNIX_MS {
             return false;
         }
-        self.0
-            .set_current_timestamp(wall_unix_ms.clamp(EPOCH_UNIX_MS, LAST_UNIX_MS));
+        self.0.set_current_timestamp(wall_unix_ms.clamp(EPOCH_UNIX_MS, LAST_UNIX_MS));
         let received = (hlc.unix_millis(), u64::from(hlc.counter()));
         if self.0.timestamp().parts() >= received {
             return true; // The next tick is above it already; spend no counter.
         }
-        HlcTimestamp::from_parts(received.0, received.1)
-            .and_then(|stamp| self.0.update(&stamp))
-            .is_ok()
+        HlcTimestamp::from_parts(received.0, received.1).and_then(|stamp| self.0.update(&stamp)).is_ok()
     }
 
     /// A reading, node bits all ones: everything ticked so far is at or below it, everything ticked later above.
@@ -65,8 +60,7 @@ impl Clock {
     }
 
     fn next(&self, wall_unix_ms: i64) -> u64 {
-        self.0
-            .set_current_timestamp(wall_unix_ms.clamp(EPOCH_UNIX_MS, LAST_UNIX_MS));
+        self.0.set_current_timestamp(wall_unix_ms.clamp(EPOCH_UNIX_MS, LAST_UNIX_MS));
         let mut stamp = self.0.next_timestamp();
         loop {
             let full = match stamp {
@@ -79,9 +73,7 @@ impl Clock {
                 None => self.0.timestamp().timestamp(),
             };
             // Each successful update moves the state, so what it returns belongs to this caller alone.
-            stamp = HlcTimestamp::from_parts(full + 1, 0)
-                .and_then(|carried| self.0.update(&carried))
-                .ok();
+            stamp = HlcTimestamp::from_parts(full + 1, 0).and_then(|carried| self.0.update(&carried)).ok();
         }
     }
 }
@@ -102,10 +94,7 @@ mod tests {
         assert_eq!((first.unix_millis(), first.node()), (NOON, NodeId(1)));
         let second = clock.tick(NOON - 5_000, NodeId(2));
         assert!(second > first && second.unix_millis() == NOON);
-        assert_eq!(
-            clock.tick(NOON + 1, NodeId(1)).to_string(),
-            "2026-11-23 15:45:12.346Z/0@1"
-        );
+        assert_eq!(clock.tick(NOON + 1, NodeId(1)).to_string(), "2026-11-23 15:45:12.346Z/0@1");
         assert!(clock.tick(i64::MIN, NodeId(1)) > second);
     }
 
@@ -168,10 +157,7 @@ mod tests {
                     })
                 })
                 .collect();
-            workers
-                .into_iter()
-                .map(|worker| worker.join().unwrap())
-                .collect()
+            workers.into_iter().map(|worker| worker.join().unwrap()).collect()
         });
         assert!(ticks.iter().all(|mine| mine.is_sorted()));
         let all: HashSet<u64> = ticks.iter().flatten().copied().collect();

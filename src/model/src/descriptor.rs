@@ -59,9 +59,7 @@ impl Descriptor {
             match theirs.get(name) {
                 None => return differs(format!("column \"{name}\" is missing on the peer")),
                 Some(their) if their != ours => {
-                    return differs(format!(
-                        "column \"{name}\" is {ours} here and {their} on the peer"
-                    ));
+                    return differs(format!("column \"{name}\" is {ours} here and {their} on the peer"));
                 }
                 Some(_) => {}
             }
@@ -71,53 +69,30 @@ impl Descriptor {
         }
         let (mine, theirs) = (self.key_names(), other.key_names());
         if mine != theirs {
-            return differs(format!(
-                "the key is {} here and {} on the peer",
-                list(&mine),
-                list(&theirs)
-            ));
+            return differs(format!("the key is {} here and {} on the peer", list(&mine), list(&theirs)));
         }
         let (mine, theirs) = (self.cell_names(), other.cell_names());
         if let Some(cell) = mine.difference(&theirs).next() {
-            return differs(format!(
-                "{} is decided as one cell here but not on the peer",
-                list(cell)
-            ));
+            return differs(format!("{} is decided as one cell here but not on the peer", list(cell)));
         }
         if let Some(cell) = theirs.difference(&mine).next() {
-            return differs(format!(
-                "{} is decided as one cell on the peer but not here",
-                list(cell)
-            ));
+            return differs(format!("{} is decided as one cell on the peer but not here", list(cell)));
         }
         Ok(())
     }
     /// The columns of a cell in attnum order, key columns excluded.
     pub fn cell_columns(&self, cell: CellId) -> impl Iterator<Item = &ColumnShape> {
-        self.columns
-            .iter()
-            .filter(move |c| c.cell == cell && !self.key.contains(&c.attnum))
+        self.columns.iter().filter(move |c| c.cell == cell && !self.key.contains(&c.attnum))
     }
     fn types(&self) -> BTreeMap<&str, &str> {
-        self.columns
-            .iter()
-            .map(|c| (c.name.as_str(), c.type_name.as_str()))
-            .collect()
+        self.columns.iter().map(|c| (c.name.as_str(), c.type_name.as_str())).collect()
     }
     fn key_names(&self) -> BTreeSet<&str> {
-        self.columns
-            .iter()
-            .filter(|c| self.key.contains(&c.attnum))
-            .map(|c| c.name.as_str())
-            .collect()
+        self.columns.iter().filter(|c| self.key.contains(&c.attnum)).map(|c| c.name.as_str()).collect()
     }
     fn cell_names(&self) -> BTreeSet<BTreeSet<&str>> {
         let mut cells = BTreeMap::<CellId, BTreeSet<&str>>::new();
-        for column in self
-            .columns
-            .iter()
-            .filter(|c| !self.key.contains(&c.attnum))
-        {
+        for column in self.columns.iter().filter(|c| !self.key.contains(&c.attnum)) {
             cells.entry(column.cell).or_default().insert(&column.name);
         }
         cells.into_values().collect()
@@ -137,15 +112,13 @@ mod tests {
     use super::*;
 
     fn table(columns: &[(&str, &str, CellId)], key: &[u16]) -> Descriptor {
-        let columns = (1..)
-            .zip(columns)
-            .map(|(attnum, &(name, type_name, cell))| ColumnShape {
-                attnum,
-                name: name.into(),
-                type_name: type_name.into(),
-                transport: Transport::Binary,
-                cell,
-            });
+        let columns = (1..).zip(columns).map(|(attnum, &(name, type_name, cell))| ColumnShape {
+            attnum,
+            name: name.into(),
+            type_name: type_name.into(),
+            transport: Transport::Binary,
+            cell,
+        });
         Descriptor {
             id: 1,
             relid: 16_384,
@@ -161,24 +134,8 @@ mod tests {
 
     #[test]
     fn order_and_numbers_do_not_matter() {
-        let a = table(
-            &[
-                ("id", "integer", 1),
-                ("lat", "real", 2),
-                ("lon", "real", 2),
-                ("n", "text", 4),
-            ],
-            &[1],
-        );
-        let b = table(
-            &[
-                ("n", "text", 1),
-                ("lon", "real", 2),
-                ("id", "integer", 3),
-                ("lat", "real", 2),
-            ],
-            &[3],
-        );
+        let a = table(&[("id", "integer", 1), ("lat", "real", 2), ("lon", "real", 2), ("n", "text", 4)], &[1]);
+        let b = table(&[("n", "text", 1), ("lon", "real", 2), ("id", "integer", 3), ("lat", "real", 2)], &[3]);
         assert_eq!(a.agrees(&b), Ok(()));
         assert_eq!(b.agrees(&a), Ok(()));
     }
@@ -187,33 +144,15 @@ mod tests {
     fn every_difference_is_told() {
         let base = [("id", "integer", 1), ("a", "text", 2), ("b", "text", 3)];
         let a = table(&base, &[1]);
-        assert_eq!(
-            why(&a, &table(&base[..2], &[1])),
-            "column \"b\" is missing on the peer"
-        );
-        assert_eq!(
-            why(&table(&base[..2], &[1]), &a),
-            "column \"b\" is missing here"
-        );
+        assert_eq!(why(&a, &table(&base[..2], &[1])), "column \"b\" is missing on the peer");
+        assert_eq!(why(&table(&base[..2], &[1]), &a), "column \"b\" is missing here");
         let mut other = table(&base, &[1]);
         other.columns[1].type_name = "bigint".into();
-        assert_eq!(
-            why(&a, &other),
-            "column \"a\" is text here and bigint on the peer"
-        );
-        assert_eq!(
-            why(&a, &table(&base, &[1, 2])),
-            "the key is (id) here and (a, id) on the peer"
-        );
+        assert_eq!(why(&a, &other), "column \"a\" is text here and bigint on the peer");
+        assert_eq!(why(&a, &table(&base, &[1, 2])), "the key is (id) here and (a, id) on the peer");
         let grouped = table(&[base[0], base[1], ("b", "text", 2)], &[1]);
-        assert_eq!(
-            why(&a, &grouped),
-            "(a) is decided as one cell here but not on the peer"
-        );
-        assert_eq!(
-            why(&grouped, &a),
-            "(a, b) is decided as one cell here but not on the peer"
-        );
+        assert_eq!(why(&a, &grouped), "(a) is decided as one cell here but not on the peer");
+        assert_eq!(why(&grouped, &a), "(a, b) is decided as one cell here but not on the peer");
     }
 
     #[test]

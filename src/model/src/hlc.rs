@@ -28,23 +28,16 @@ impl NodeId {
 
     /// A node's number, if it is one (1 to 63).
     pub fn new(id: i64) -> Option<NodeId> {
-        u8::try_from(id)
-            .ok()
-            .filter(|id| (1..=Self::MAX.0).contains(id))
-            .map(NodeId)
+        u8::try_from(id).ok().filter(|id| (1..=Self::MAX.0).contains(id)).map(NodeId)
     }
 }
 
 /// Version of a written row: 42 bits of milliseconds since 2024-01-01 UTC, 16 bits of counter, 6 bits of node.
-#[derive(
-    Debug, Default, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize,
-)]
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct Hlc(pub u64);
 
 /// Commit HLC of a transaction, same layout as [`Hlc`], never compared with one.
-#[derive(
-    Debug, Default, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize,
-)]
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct Position(pub u64);
 
 /// A position with its low mark: every version at or below `low` belongs to a transaction whose
@@ -66,8 +59,7 @@ macro_rules! parts {
             /// The value of these parts; `None` if the time is before 2024 or after 2163, or the node above 63.
             pub fn from_parts(unix_ms: i64, counter: u16, node: NodeId) -> Option<$type> {
                 let ms = u64::try_from(unix_ms.checked_sub(EPOCH_UNIX_MS)?).ok()?;
-                (ms <= MILLIS_MAX && node <= NodeId::MAX)
-                    .then(|| $type(pack(ms, counter) | u64::from(node.0)))
+                (ms <= MILLIS_MAX && node <= NodeId::MAX).then(|| $type(pack(ms, counter) | u64::from(node.0)))
             }
             /// Milliseconds since the Unix epoch.
             pub fn unix_millis(self) -> i64 {
@@ -100,10 +92,7 @@ macro_rules! parts {
                 if text == "0" {
                     return Ok($type(0));
                 }
-                parse(text)
-                    .map($type)
-                    .filter(|value| value.to_string() == text)
-                    .ok_or(ParseError)
+                parse(text).map($type).filter(|value| value.to_string() == text).ok_or(ParseError)
             }
         }
     };
@@ -127,32 +116,19 @@ fn format(raw: u64, f: &mut fmt::Formatter<'_>) -> fmt::Result {
     let ms = hlc.unix_millis();
     let (year, month, day) = civil_from_days(ms.div_euclid(MS_PER_DAY));
     let time = ms.rem_euclid(MS_PER_DAY);
-    let (hour, minute, second, milli) = (
-        time / 3_600_000,
-        time / 60_000 % 60,
-        time / 1_000 % 60,
-        time % 1_000,
-    );
+    let (hour, minute, second, milli) = (time / 3_600_000, time / 60_000 % 60, time / 1_000 % 60, time % 1_000);
     let (counter, node) = (hlc.counter(), hlc.node().0);
-    write!(
-        f,
-        "{year:04}-{month:02}-{day:02} {hour:02}:{minute:02}:{second:02}.{milli:03}Z/{counter}@{node}"
-    )
+    write!(f, "{year:04}-{month:02}-{day:02} {hour:02}:{minute:02}:{second:02}.{milli:03}Z/{counter}@{node}")
 }
 
 /// The value of a text of about the right form; the caller compares it with what it prints as.
 fn parse(text: &str) -> Option<u64> {
     let (time, rest) = text.split_once("Z/")?;
     let (counter, node) = rest.split_once('@')?;
-    let mut numbers = time
-        .split(['-', ' ', ':', '.'])
-        .map(|n| n.parse::<i64>().ok());
-    let mut next = |range: std::ops::RangeInclusive<i64>| {
-        numbers.next().flatten().filter(|n| range.contains(n))
-    };
+    let mut numbers = time.split(['-', ' ', ':', '.']).map(|n| n.parse::<i64>().ok());
+    let mut next = |range: std::ops::RangeInclusive<i64>| numbers.next().flatten().filter(|n| range.contains(n));
     let days = days_from_civil(next(2024..=2199)?, next(1..=12)?, next(1..=31)?);
-    let (hour, minute, second, milli) =
-        (next(0..=23)?, next(0..=59)?, next(0..=59)?, next(0..=999)?);
+    let (hour, minute, second, milli) = (next(0..=23)?, next(0..=59)?, next(0..=59)?, next(0..=999)?);
     let ms = days * MS_PER_DAY + hour * 3_600_000 + minute * 60_000 + second * 1_000 + milli;
     Hlc::from_parts(ms, counter.parse().ok()?, NodeId(node.parse().ok()?)).map(|hlc| hlc.0)
 }
@@ -187,16 +163,10 @@ mod tests {
         let hlc = Hlc::from_parts(1_795_448_712_345, 17, NodeId(1)).unwrap();
         assert_eq!(hlc.to_string(), "2026-11-23 15:45:12.345Z/17@1");
         assert_eq!("2026-11-23 15:45:12.345Z/17@1".parse(), Ok(hlc));
-        assert_eq!(
-            (hlc.unix_millis(), hlc.counter(), hlc.node()),
-            (1_795_448_712_345, 17, NodeId(1))
-        );
+        assert_eq!((hlc.unix_millis(), hlc.counter(), hlc.node()), (1_795_448_712_345, 17, NodeId(1)));
         assert_eq!(Hlc(0).to_string(), "0");
         assert_eq!("0".parse(), Ok(Position(0)));
-        assert_eq!(
-            Position(u64::MAX).to_string(),
-            "2163-05-15 07:35:11.103Z/65535@63"
-        );
+        assert_eq!(Position(u64::MAX).to_string(), "2163-05-15 07:35:11.103Z/65535@63");
     }
 
     #[test]
@@ -238,16 +208,8 @@ mod tests {
                 4 | 6 | 9 | 11 => 30,
                 _ => 31,
             };
-            (date, month) = if date < length {
-                (date + 1, month)
-            } else {
-                (1, month + 1)
-            };
-            (month, year) = if month < 13 {
-                (month, year)
-            } else {
-                (1, year + 1)
-            };
+            (date, month) = if date < length { (date + 1, month) } else { (1, month + 1) };
+            (month, year) = if month < 13 { (month, year) } else { (1, year + 1) };
         }
     }
 
@@ -255,15 +217,9 @@ mod tests {
     fn parts_out_of_range_are_none() {
         assert_eq!(Hlc::from_parts(EPOCH_UNIX_MS - 1, 0, NodeId(1)), None);
         assert_eq!(Hlc::from_parts(i64::MIN, 0, NodeId(1)), None);
-        assert_eq!(
-            Hlc::from_parts(EPOCH_UNIX_MS + (1 << 42), 0, NodeId(1)),
-            None
-        );
+        assert_eq!(Hlc::from_parts(EPOCH_UNIX_MS + (1 << 42), 0, NodeId(1)), None);
         assert_eq!(Hlc::from_parts(EPOCH_UNIX_MS, 0, NodeId(64)), None);
-        assert_eq!(
-            (NodeId::new(0), NodeId::new(63), NodeId::new(64)),
-            (None, Some(NodeId(63)), None)
-        );
+        assert_eq!((NodeId::new(0), NodeId::new(63), NodeId::new(64)), (None, Some(NodeId(63)), None));
     }
 
     proptest::proptest! {

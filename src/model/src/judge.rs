@@ -112,21 +112,12 @@ pub fn judge(
     stable: &Stable,
     same_value: &mut dyn FnMut(CellId) -> bool,
 ) -> Verdict {
-    let mut pair = Pair {
-        row,
-        change,
-        stable,
-        same_value,
-        losses: Vec::new(),
-        met: false,
-    };
+    let mut pair = Pair { row, change, stable, same_value, losses: Vec::new(), met: false };
     let (effect, hlc, versions) = pair.join();
     let shows = matches!(
         (&effect, row.existence),
-        (
-            Effect::Insert | Effect::Replace | Effect::Revive(_) | Effect::Update(_),
-            _
-        ) | (Effect::Restamp, Existence::Live)
+        (Effect::Insert | Effect::Replace | Effect::Revive(_) | Effect::Update(_), _)
+            | (Effect::Restamp, Existence::Live)
     );
     let mut verdict = Verdict {
         merged: pair.met && pair.losses.is_empty() && !matches!(effect, Effect::Missing),
@@ -161,11 +152,7 @@ fn conflict_type(winner: Write, loser: Write) -> ConflictType {
 
 /// The kind of write that a cell's version stands for: that of the birth, or a later one.
 fn kind(version: Hlc, birth: Hlc) -> Write {
-    if version == birth {
-        Write::Insert
-    } else {
-        Write::Update
-    }
+    if version == birth { Write::Insert } else { Write::Update }
 }
 
 type Outcome = (Effect, Hlc, Versions);
@@ -209,38 +196,18 @@ impl Pair<'_> {
     /// An update or delete of a life that is not known here.
     fn missing(&mut self) -> Outcome {
         if self.change.op == Op::Delete {
-            self.lose(
-                ConflictType::DeleteMissing,
-                Side::Remote,
-                self.change.version,
-                Hlc(0),
-                None,
-            );
+            self.lose(ConflictType::DeleteMissing, Side::Remote, self.change.version, Hlc(0), None);
         }
         for cell in &self.change.cells {
-            self.lose(
-                ConflictType::UpdateMissing,
-                Side::Remote,
-                cell.version,
-                Hlc(0),
-                Some(cell.cell),
-            );
+            self.lose(ConflictType::UpdateMissing, Side::Remote, cell.version, Hlc(0), Some(cell.cell));
         }
         (Effect::Missing, self.row.hlc, self.row.versions.clone())
     }
 
     /// The change's life is the newer one, or the only one: it stands as it was written.
     fn be_born(&self, effect: Effect) -> Outcome {
-        let mut versions = Versions {
-            birth: self.change.life,
-            ..Versions::default()
-        };
-        for cell in self
-            .change
-            .cells
-            .iter()
-            .filter(|c| c.version != self.change.life)
-        {
+        let mut versions = Versions { birth: self.change.life, ..Versions::default() };
+        for cell in self.change.cells.iter().filter(|c| c.version != self.change.life) {
             versions.set(cell.cell, cell.version);
         }
         (effect, self.change.version, versions)
@@ -297,13 +264,7 @@ impl Pair<'_> {
             return (Effect::Restamp, hlc, versions);
         }
         if row.hlc > dead {
-            self.lose(
-                ConflictType::UpdateDeleted,
-                Side::Remote,
-                dead,
-                row.hlc,
-                None,
-            );
+            self.lose(ConflictType::UpdateDeleted, Side::Remote, dead, row.hlc, None);
             return (Effect::Restamp, hlc, versions);
         }
         for &(id, mine) in &held.cells {
@@ -321,13 +282,7 @@ impl Pair<'_> {
         let was_live = row.existence == Existence::Live;
         let shows = was_live || change.version > held.dead;
         if !was_live && shows && !self.stable.same(held.dead, change.base.dead) {
-            self.lose(
-                ConflictType::UpdateDeleted,
-                Side::Local,
-                held.dead,
-                change.version,
-                None,
-            );
+            self.lose(ConflictType::UpdateDeleted, Side::Local, held.dead, change.version, None);
         }
         let mut versions = held.clone();
         let (mut taken, mut all_same) = (Vec::new(), true);
@@ -350,13 +305,7 @@ impl Pair<'_> {
             }
             if !shows {
                 // The tombstone stands: whatever the cells say, the update is lost to the delete.
-                self.lose(
-                    ConflictType::DeleteOriginDiffers,
-                    Side::Remote,
-                    cell.version,
-                    held.dead,
-                    Some(id),
-                );
+                self.lose(ConflictType::DeleteOriginDiffers, Side::Remote, cell.version, held.dead, Some(id));
             } else if !seen && order == Ordering::Greater {
                 let conflict = conflict_type(Write::Update, kind(mine, held.birth));
                 self.lose(conflict, Side::Local, mine, cell.version, Some(id));
@@ -380,30 +329,14 @@ impl Pair<'_> {
     }
 
     /// One loss for each losing write: cells of one version go together.
-    fn lose(
-        &mut self,
-        conflict: ConflictType,
-        loser: Side,
-        losing: Hlc,
-        winning: Hlc,
-        cell: Option<CellId>,
-    ) {
-        let known = self
-            .losses
-            .iter_mut()
-            .find(|l| l.losing == losing && l.conflict == conflict);
+    fn lose(&mut self, conflict: ConflictType, loser: Side, losing: Hlc, winning: Hlc, cell: Option<CellId>) {
+        let known = self.losses.iter_mut().find(|l| l.losing == losing && l.conflict == conflict);
         match known {
             Some(loss) => {
                 loss.winning = loss.winning.max(winning);
                 loss.cells.extend(cell);
             }
-            None => self.losses.push(Loss {
-                conflict,
-                loser,
-                losing,
-                winning,
-                cells: cell.into_iter().collect(),
-            }),
+            None => self.losses.push(Loss { conflict, loser, losing, winning, cells: cell.into_iter().collect() }),
         }
     }
 }

@@ -116,9 +116,7 @@ impl Record {
         for (node, image) in other.tuples {
             match self.tuples.entry(node) {
                 Entry::Vacant(free) => drop(free.insert(image)),
-                Entry::Occupied(mut held) if image.order() > held.get().order() => {
-                    drop(held.insert(image))
-                }
+                Entry::Occupied(mut held) if image.order() > held.get().order() => drop(held.insert(image)),
                 Entry::Occupied(_) => {}
             }
         }
@@ -136,14 +134,7 @@ impl Image {
 
 impl Decision {
     fn order(&self) -> impl Ord + '_ {
-        (
-            self.version,
-            self.status,
-            &self.by,
-            self.at,
-            &self.resolution,
-            &self.note,
-        )
+        (self.version, self.status, &self.by, self.at, &self.resolution, &self.note)
     }
 }
 
@@ -203,10 +194,8 @@ mod tests {
     }
 
     fn image() -> impl Strategy<Value = Image> {
-        (0u8..2, 0u64..3, 0u8..3).prop_map(|(own, v, n)| Image {
-            rank: (own, Hlc(v)),
-            tuple: raw(&format!(r#"{{"a":{n}}}"#)),
-        })
+        (0u8..2, 0u64..3, 0u8..3)
+            .prop_map(|(own, v, n)| Image { rank: (own, Hlc(v)), tuple: raw(&format!(r#"{{"a":{n}}}"#)) })
     }
     fn text() -> impl Strategy<Value = Option<String>> {
         proptest::option::of("[ab]")

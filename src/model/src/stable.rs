@@ -14,10 +14,7 @@ pub struct Stable {
 impl Stable {
     /// True if `v` is 0 or at or below the stable point of the node that wrote it.
     pub fn covers(&self, v: Hlc) -> bool {
-        v.is_zero()
-            || [self.own, self.peer]
-                .iter()
-                .any(|&(node, point)| v.node() == node && v <= point)
+        v.is_zero() || [self.own, self.peer].iter().any(|&(node, point)| v.node() == node && v <= point)
     }
     /// Two versions are equal: the same, or both read as 0.
     pub fn same(&self, a: Hlc, b: Hlc) -> bool {
@@ -36,26 +33,13 @@ mod tests {
     #[test]
     fn each_node_has_its_own_point() {
         let v = |counter: u64, node: u64| Hlc(counter * 64 + node);
-        let stable = Stable {
-            own: (NodeId(1), v(5, 63)),
-            peer: (NodeId(2), v(9, 2)),
-        };
+        let stable = Stable { own: (NodeId(1), v(5, 63)), peer: (NodeId(2), v(9, 2)) };
         assert!(stable.covers(Hlc(0)));
         assert!(stable.covers(v(5, 1)) && !stable.covers(v(6, 1)));
         assert!(stable.covers(v(9, 2)) && !stable.covers(v(10, 2)));
-        assert!(
-            !stable.covers(v(1, 3)),
-            "a node that is neither has no point"
-        );
-        assert!(
-            stable.same(v(5, 1), v(9, 2))
-                && stable.same(Hlc(0), v(1, 1))
-                && stable.same(v(7, 1), v(7, 1))
-        );
+        assert!(!stable.covers(v(1, 3)), "a node that is neither has no point");
+        assert!(stable.same(v(5, 1), v(9, 2)) && stable.same(Hlc(0), v(1, 1)) && stable.same(v(7, 1), v(7, 1)));
         assert!(!stable.same(v(6, 1), v(5, 1)) && !stable.same(v(6, 1), v(7, 1)));
-        assert_eq!(
-            (stable.read(v(5, 1)), stable.read(v(6, 1))),
-            (Hlc(0), v(6, 1))
-        );
+        assert_eq!((stable.read(v(5, 1)), stable.read(v(6, 1))), (Hlc(0), v(6, 1)));
     }
 }

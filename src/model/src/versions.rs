@@ -81,9 +81,7 @@ impl Versions {
     }
     /// True when every version is stable: a tombstone with these goes.
     pub fn collectable(&self, stable: &Stable) -> bool {
-        stable.covers(self.birth)
-            && stable.covers(self.dead)
-            && self.cells.iter().all(|&(_, v)| stable.covers(v))
+        stable.covers(self.birth) && stable.covers(self.dead) && self.cells.iter().all(|&(_, v)| stable.covers(v))
     }
     /// True when nothing is listed: `_cells` is NULL.
     pub fn is_empty(&self) -> bool {
@@ -105,11 +103,7 @@ impl Versions {
         };
         let present = |v: Hlc, bit| if v.is_zero() { 0 } else { bit };
         out.push(flags | present(self.birth, flag::BIRTH) | present(self.dead, flag::DEAD));
-        for v in [self.birth, self.dead]
-            .into_iter()
-            .filter(|v| !v.is_zero())
-            .chain(uniform)
-        {
+        for v in [self.birth, self.dead].into_iter().filter(|v| !v.is_zero()).chain(uniform) {
             out.extend_from_slice(&v.0.to_be_bytes());
         }
         for &(cell, version) in &self.cells {
@@ -126,10 +120,7 @@ impl Versions {
             return Err(malformed("unknown flags"));
         }
         let mut versions = Versions::default();
-        for (bit, field) in [
-            (flag::BIRTH, &mut versions.birth),
-            (flag::DEAD, &mut versions.dead),
-        ] {
+        for (bit, field) in [(flag::BIRTH, &mut versions.birth), (flag::DEAD, &mut versions.dead)] {
             if flags & bit != 0 {
                 *field = take(&mut rest).map(|b| Hlc(u64::from_be_bytes(b)))?;
                 if field.is_zero() {
@@ -139,21 +130,11 @@ impl Versions {
         }
         if flags & (flag::UNIFORM | flag::EACH) != 0 {
             let each = flags & flag::EACH != 0;
-            let uniform = if each {
-                Hlc(0)
-            } else {
-                Hlc(u64::from_be_bytes(take(&mut rest)?))
-            };
-            versions
-                .cells
-                .reserve_exact(rest.len() / if each { 10 } else { 2 });
+            let uniform = if each { Hlc(0) } else { Hlc(u64::from_be_bytes(take(&mut rest)?)) };
+            versions.cells.reserve_exact(rest.len() / if each { 10 } else { 2 });
             while !rest.is_empty() || versions.cells.is_empty() {
                 let cell = CellId::from_be_bytes(take(&mut rest)?);
-                let version = if each {
-                    Hlc(u64::from_be_bytes(take(&mut rest)?))
-                } else {
-                    uniform
-                };
+                let version = if each { Hlc(u64::from_be_bytes(take(&mut rest)?)) } else { uniform };
                 versions.cells.push((cell, version));
             }
             if each && versions.cells.iter().all(|e| e.1 == versions.cells[0].1) {
@@ -166,25 +147,16 @@ impl Versions {
         versions.ordered()
     }
     fn ordered(self) -> Result<Versions, DecodeError> {
-        if self.cells.is_sorted_by(|a, b| a.0 < b.0) {
-            Ok(self)
-        } else {
-            Err(malformed("cells out of order"))
-        }
+        if self.cells.is_sorted_by(|a, b| a.0 < b.0) { Ok(self) } else { Err(malformed("cells out of order")) }
     }
 }
 
 fn malformed(why: &str) -> DecodeError {
-    DecodeError {
-        what: "versions",
-        why: why.into(),
-    }
+    DecodeError { what: "versions", why: why.into() }
 }
 
 fn take<const N: usize>(rest: &mut &[u8]) -> Result<[u8; N], DecodeError> {
-    let (head, tail) = rest
-        .split_first_chunk()
-        .ok_or_else(|| malformed("too short"))?;
+    let (head, tail) = rest.split_first_chunk().ok_or_else(|| malformed("too short"))?;
     *rest = tail;
     Ok(*head)
 }
@@ -199,67 +171,34 @@ mod tests {
         Hlc(counter * 64 + node)
     }
     fn stable(own: u64, peer: u64) -> Stable {
-        Stable {
-            own: (NodeId(1), v(own, 63)),
-            peer: (NodeId(2), v(peer, 63)),
-        }
+        Stable { own: (NodeId(1), v(own, 63)), peer: (NodeId(2), v(peer, 63)) }
     }
 
     #[test]
     fn an_unlisted_cell_was_written_by_the_birth() {
-        let mut versions = Versions {
-            birth: v(3, 1),
-            ..Versions::default()
-        };
+        let mut versions = Versions { birth: v(3, 1), ..Versions::default() };
         versions.set(7, v(5, 1));
         versions.set(2, v(4, 1));
         versions.set(7, v(6, 1));
         assert_eq!(versions.cells, [(2, v(4, 1)), (7, v(6, 1))]);
-        assert_eq!(
-            (versions.cell(2), versions.cell(3), versions.cell(7)),
-            (v(4, 1), v(3, 1), v(6, 1))
-        );
-        assert_eq!(
-            (versions.entry(2), versions.entry(3)),
-            (Some(v(4, 1)), None)
-        );
+        assert_eq!((versions.cell(2), versions.cell(3), versions.cell(7)), (v(4, 1), v(3, 1), v(6, 1)));
+        assert_eq!((versions.entry(2), versions.entry(3)), (Some(v(4, 1)), None));
     }
 
     #[test]
     fn an_explicit_zero_stays_while_the_birth_is_listed() {
-        let mut versions = Versions {
-            birth: v(3, 2),
-            dead: v(4, 1),
-            cells: vec![(1, v(5, 1)), (2, v(9, 1))],
-        };
+        let mut versions = Versions { birth: v(3, 2), dead: v(4, 1), cells: vec![(1, v(5, 1)), (2, v(9, 1))] };
         versions.trim(&stable(5, 0));
-        assert_eq!(
-            versions,
-            Versions {
-                birth: v(3, 2),
-                dead: Hlc(0),
-                cells: vec![(1, Hlc(0)), (2, v(9, 1))]
-            }
-        );
+        assert_eq!(versions, Versions { birth: v(3, 2), dead: Hlc(0), cells: vec![(1, Hlc(0)), (2, v(9, 1))] });
         versions.trim(&stable(5, 3));
-        assert_eq!(
-            versions,
-            Versions {
-                cells: vec![(2, v(9, 1))],
-                ..Versions::default()
-            }
-        );
+        assert_eq!(versions, Versions { cells: vec![(2, v(9, 1))], ..Versions::default() });
         versions.trim(&stable(9, 3));
         assert!(versions.is_empty());
     }
 
     #[test]
     fn a_tombstone_goes_when_all_of_it_is_stable() {
-        let tombstone = Versions {
-            birth: v(3, 2),
-            dead: v(8, 1),
-            cells: vec![(1, v(5, 1))],
-        };
+        let tombstone = Versions { birth: v(3, 2), dead: v(8, 1), cells: vec![(1, v(5, 1))] };
         assert!(!tombstone.collectable(&stable(8, 2)));
         assert!(!tombstone.collectable(&stable(7, 3)));
         assert!(tombstone.collectable(&stable(8, 3)));
@@ -272,10 +211,7 @@ mod tests {
             versions.encode(&mut bytes);
             bytes.len()
         };
-        let mut versions = Versions {
-            birth: v(3, 2),
-            ..Versions::default()
-        };
+        let mut versions = Versions { birth: v(3, 2), ..Versions::default() };
         assert_eq!(length(&versions), 9);
         versions.birth = Hlc(0);
         versions.set(1, v(4, 1));

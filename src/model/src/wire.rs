@@ -30,11 +30,7 @@ pub enum Frame<'a> {
         items: &'a serde_bytes::Bytes,
     },
     /// A part of the transaction at `position`, numbered from 0.
-    Chunk {
-        position: Position,
-        index: u32,
-        items: &'a serde_bytes::Bytes,
-    },
+    Chunk { position: Position, index: u32, items: &'a serde_bytes::Bytes },
     /// Ends a reply: nothing at or below `mark` is still to come.
     Watermark { mark: Mark, seen: Mark, stable: Hlc },
 }
@@ -91,13 +87,9 @@ pub fn items(body: &[u8]) -> impl Iterator<Item = Result<Item<'_>, DecodeError>>
 }
 
 fn split_item<'a>(rest: &mut &'a [u8]) -> Result<&'a [u8], DecodeError> {
-    let (prefix, body) = rest
-        .split_first_chunk::<PREFIX>()
-        .ok_or_else(|| malformed("item", "no length"))?;
+    let (prefix, body) = rest.split_first_chunk::<PREFIX>().ok_or_else(|| malformed("item", "no length"))?;
     let length = u32::from_be_bytes(*prefix) as usize;
-    let (item, tail) = body
-        .split_at_checked(length)
-        .ok_or_else(|| malformed("item", "longer than what holds it"))?;
+    let (item, tail) = body.split_at_checked(length).ok_or_else(|| malformed("item", "longer than what holds it"))?;
     *rest = tail;
     Ok(item)
 }
@@ -113,10 +105,7 @@ fn decode<'a, T: Deserialize<'a>>(what: &'static str, bytes: &'a [u8]) -> Result
 }
 
 fn malformed(what: &'static str, why: impl ToString) -> DecodeError {
-    DecodeError {
-        what,
-        why: why.to_string(),
-    }
+    DecodeError { what, why: why.to_string() }
 }
 
 #[cfg(test)]
@@ -135,11 +124,7 @@ mod tests {
             key: key.iter().map(|k| k.map(Bytes::new)).collect(),
             version: Hlc(129),
             life: Hlc(65),
-            base: Versions {
-                birth: Hlc(65),
-                dead: Hlc(0),
-                cells: vec![(3, Hlc(66))],
-            },
+            base: Versions { birth: Hlc(65), dead: Hlc(0), cells: vec![(3, Hlc(66))] },
             cells: vec![],
             moved: Some(vec![None]),
         })
@@ -148,14 +133,8 @@ mod tests {
     #[test]
     fn a_body_gives_back_its_items() {
         let record = Bytes::new(b"{}");
-        let all = [
-            delete(&[Some(b"k"), None]),
-            Item::Record(record),
-            Item::Truncate {
-                descriptor: 1,
-                version: Hlc(9),
-            },
-        ];
+        let all =
+            [delete(&[Some(b"k"), None]), Item::Record(record), Item::Truncate { descriptor: 1, version: Hlc(9) }];
         let mut body = Vec::new();
         for item in &all {
             push_item(&mut body, item).expect("it is small");
@@ -163,9 +142,7 @@ mod tests {
         let back: Vec<_> = items(&body).collect();
         assert_eq!(back, all.map(Ok));
         // Cut anywhere but between items it ends with one error.
-        let cuts = (0..body.len())
-            .filter(|&n| items(&body[..n]).any(|i| i.is_err()))
-            .count();
+        let cuts = (0..body.len()).filter(|&n| items(&body[..n]).any(|i| i.is_err())).count();
         assert_eq!(cuts, body.len() - 3);
     }
 
@@ -179,31 +156,17 @@ mod tests {
         let error = decode::<Item>("item", &item).expect_err("too long");
         assert_eq!(error.what, "item");
         // The length of an item beyond its body.
-        assert!(
-            items(&[255, 255, 255, 255, 0])
-                .next()
-                .is_some_and(|i| i.is_err())
-        );
+        assert!(items(&[255, 255, 255, 255, 0]).next().is_some_and(|i| i.is_err()));
         // Within the limit it is the content that decides.
         assert!(items(&body).all(|i| i.is_ok()));
     }
 
     #[test]
     fn nothing_may_be_left_over() {
-        let mut bytes = Frame::Watermark {
-            mark: Mark::default(),
-            seen: Mark::default(),
-            stable: Hlc(1),
-        }
-        .encode();
+        let mut bytes = Frame::Watermark { mark: Mark::default(), seen: Mark::default(), stable: Hlc(1) }.encode();
         assert!(Frame::decode(&bytes).is_ok());
         bytes.push(0);
-        assert_eq!(
-            Frame::decode(&bytes)
-                .expect_err("a byte too many")
-                .to_string(),
-            "malformed frame: bytes left over"
-        );
+        assert_eq!(Frame::decode(&bytes).expect_err("a byte too many").to_string(), "malformed frame: bytes left over");
     }
 
     proptest! {
