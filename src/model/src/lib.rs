@@ -5,10 +5,13 @@
 //! this crate, and execute what it decides.
 #![forbid(unsafe_code)]
 
+mod bounded;
 pub mod change;
+mod clock;
 pub mod descriptor;
 pub mod hlc;
 pub mod judge;
+pub mod net;
 pub mod record;
 pub mod session;
 pub mod stable;

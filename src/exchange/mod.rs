@@ -1,0 +1,3 @@
+//! Exchange.
+#[repr(C)]
+pub struct WorkerStatus {}

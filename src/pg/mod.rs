@@ -1,0 +1,5 @@
+//! Thin wrappers over `pg_sys`, one idea per file.
+pub mod heap;
+pub mod identity;
+pub mod names;
+pub mod settings;
