@@ -63,11 +63,7 @@ impl Client {
     pub fn connect(conninfo: &str) -> Result<Client, Failure> {
         let mut inner = postgres::Client::connect(conninfo, NoTls)?;
         let pid = inner.query_one("select pg_backend_pid()", &[])?.get(0);
-        Ok(Client {
-            inner,
-            conninfo: conninfo.to_string(),
-            pid,
-        })
+        Ok(Client { inner, conninfo: conninfo.to_string(), pid })
     }
 
     /// The process that serves this session.
@@ -101,10 +97,7 @@ impl Client {
     pub fn try_rows(&mut self, sql: &str) -> Result<Vec<String>, Failure> {
         let cells = self.try_cells(sql)?;
         let text = |cell: Option<String>| cell.unwrap_or_else(|| NULL.to_string());
-        Ok(cells
-            .into_iter()
-            .map(|row| row.into_iter().map(text).collect::<Vec<_>>().join("|"))
-            .collect())
+        Ok(cells.into_iter().map(|row| row.into_iter().map(text).collect::<Vec<_>>().join("|")).collect())
     }
 
     /// The rows of a query, column by column.
@@ -112,11 +105,7 @@ impl Client {
         let mut rows = Vec::new();
         for message in self.inner.simple_query(sql)? {
             if let SimpleQueryMessage::Row(row) = message {
-                rows.push(
-                    (0..row.len())
-                        .map(|i| row.get(i).map(str::to_string))
-                        .collect(),
-                );
+                rows.push((0..row.len()).map(|i| row.get(i).map(str::to_string)).collect());
             }
         }
         Ok(rows)
@@ -138,10 +127,7 @@ impl Client {
         let text = text.unwrap_or_else(|| panic!("got null from: {}", shortened(sql)));
         match text.parse() {
             Ok(value) => value,
-            Err(error) => panic!(
-                "{text:?} is not as expected ({error:?}): {}",
-                shortened(sql)
-            ),
+            Err(error) => panic!("{text:?} is not as expected ({error:?}): {}", shortened(sql)),
         }
     }
 

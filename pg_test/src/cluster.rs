@@ -85,10 +85,7 @@ impl Cluster {
     pub fn configure(&self, settings: &[&str]) {
         use std::io::Write;
         let path = self.data().join("postgresql.conf");
-        let mut file = OpenOptions::new()
-            .append(true)
-            .open(path)
-            .expect("postgresql.conf is there");
+        let mut file = OpenOptions::new().append(true).open(path).expect("postgresql.conf is there");
         for line in settings {
             writeln!(file, "{line}").expect("postgresql.conf can be written");
         }
@@ -105,17 +102,12 @@ impl Cluster {
     pub fn start_only(&self) {
         let mut server = self.lock();
         assert!(server.is_none(), "{} is already running", self.name);
-        let log = OpenOptions::new()
-            .create(true)
-            .append(true)
-            .open(self.log_path());
+        let log = OpenOptions::new().create(true).append(true).open(self.log_path());
         let log = log.expect("the log can be written");
         let mut command = self.installation.command("postgres");
         command.arg("-D").arg(self.data());
         command.stdin(std::process::Stdio::null());
-        command
-            .stdout(log.try_clone().expect("a second handle of the log"))
-            .stderr(log);
+        command.stdout(log.try_clone().expect("a second handle of the log")).stderr(log);
         let child = if self.detached {
             use std::os::unix::process::CommandExt;
             command.process_group(0).spawn()
@@ -128,21 +120,14 @@ impl Cluster {
     /// Waits until the server accepts connections.
     #[track_caller]
     pub fn wait_ready(&self) {
-        until(
-            &format!("server {} to accept connections", self.name),
-            || {
-                if let Some(child) = self.lock().as_mut()
-                    && let Ok(Some(status)) = child.try_wait()
-                {
-                    panic!(
-                        "server {} ended with {status}:\n{}",
-                        self.name,
-                        self.log_tail(40)
-                    );
-                }
-                Client::connect(&self.conninfo("postgres")).map(drop)
-            },
-        );
+        until(&format!("server {} to accept connections", self.name), || {
+            if let Some(child) = self.lock().as_mut()
+                && let Ok(Some(status)) = child.try_wait()
+            {
+                panic!("server {} ended with {status}:\n{}", self.name, self.log_tail(40));
+            }
+            Client::connect(&self.conninfo("postgres")).map(drop)
+        });
     }
 
     /// Stops the server, and returns when all its processes are gone.
@@ -183,14 +168,11 @@ impl Cluster {
         let pid = child.id() as i32;
         let mut all = process::children(pid);
         process::signal(pid, how);
-        until(
-            &format!("server {} to stop on {how}", self.name),
-            || match child.try_wait() {
-                Ok(Some(_)) => Ok(()),
-                Ok(None) => Err(format!("still running; its log:\n{}", self.log_tail(15))),
-                Err(error) => Err(error.to_string()),
-            },
-        );
+        until(&format!("server {} to stop on {how}", self.name), || match child.try_wait() {
+            Ok(Some(_)) => Ok(()),
+            Ok(None) => Err(format!("still running; its log:\n{}", self.log_tail(15))),
+            Err(error) => Err(error.to_string()),
+        });
         // Reaped, so the pid may be reused: only the children count now.
         all.retain(|&child| child != pid);
         process::wait_gone(&all);
@@ -208,23 +190,14 @@ impl Cluster {
 
     /// How to connect, as the superuser.
     pub fn conninfo(&self, database: &str) -> String {
-        format!(
-            "host=127.0.0.1 port={} user=postgres dbname={database}",
-            self.port
-        )
+        format!("host=127.0.0.1 port={} user=postgres dbname={database}", self.port)
     }
 
     /// A session, as the superuser.
     #[track_caller]
     pub fn connect(&self, database: &str) -> Client {
         let client = Client::connect(&self.conninfo(database));
-        client.unwrap_or_else(|failure| {
-            panic!(
-                "can't connect to {}: {failure}\n{}",
-                self.name,
-                self.log_tail(20)
-            )
-        })
+        client.unwrap_or_else(|failure| panic!("can't connect to {}: {failure}\n{}", self.name, self.log_tail(20)))
     }
 
     pub fn name(&self) -> &str {
@@ -264,11 +237,7 @@ impl Cluster {
 impl Drop for Cluster {
     fn drop(&mut self) {
         if std::thread::panicking() {
-            eprintln!(
-                "--- log of server {} ---\n{}\n---",
-                self.name,
-                self.log_tail(60)
-            );
+            eprintln!("--- log of server {} ---\n{}\n---", self.name, self.log_tail(60));
         }
         if self.detached {
             process::forget(&self.dir);
@@ -295,10 +264,7 @@ fn template(installation: &Installation) -> PathBuf {
     // One thread of this process at a time; other processes have their own `fresh`.
     static MAKING: Mutex<()> = Mutex::new(());
     let _making = MAKING.lock().unwrap_or_else(PoisonError::into_inner);
-    let home = installation
-        .bindir
-        .ancestors()
-        .find(|dir| dir.join("origin").is_file());
+    let home = installation.bindir.ancestors().find(|dir| dir.join("origin").is_file());
     let home = home.unwrap_or(Path::new("/tmp")).join("templates");
     let template = home.join(format!("pg{}", installation.major));
     if !template.join("PG_VERSION").is_file() {
@@ -307,21 +273,8 @@ fn template(installation: &Installation) -> PathBuf {
         let fresh = home.join(format!("new-{}", std::process::id()));
         let _ = fs::remove_dir_all(&fresh);
         let path = fresh.to_str().expect("the path is UTF-8");
-        installation.run(
-            "initdb",
-            &[
-                "-D",
-                path,
-                "-U",
-                "postgres",
-                "-A",
-                "trust",
-                "-E",
-                "UTF8",
-                "--locale=C.UTF-8",
-                "-N",
-            ],
-        );
+        installation
+            .run("initdb", &["-D", path, "-U", "postgres", "-A", "trust", "-E", "UTF8", "--locale=C.UTF-8", "-N"]);
         // Whoever renames first wins; the other one's is as good.
         if fs::rename(&fresh, &template).is_err() {
             let _ = fs::remove_dir_all(&fresh);
@@ -334,11 +287,7 @@ fn copy(from: &Path, to: &Path) {
     let mut command = Command::new("cp");
     command.arg("-a").arg("--reflink=auto").arg(from).arg(to);
     as_server(&mut command);
-    assert!(
-        command.status().expect("cp runs").success(),
-        "can't copy {}",
-        from.display()
-    );
+    assert!(command.status().expect("cp runs").success(), "can't copy {}", from.display());
 }
 
 fn give_to_server(dir: &Path) {

@@ -23,80 +23,64 @@ pub struct Expected {
     constraint: Option<String>,
 }
 
+/// Those of the values that are in no image of these records.
+pub fn missing_values(records: &[Record], values: &[&str]) -> Vec<String> {
+    let mut kept = Vec::new();
+    for record in records {
+        for image in ["base_tuple", "local_tuple", "remote_tuple"] {
+            let columns = record[image].as_object().into_iter().flat_map(|tuple| tuple.values());
+            kept.extend(columns.filter_map(|value| value.as_str()));
+        }
+    }
+    values.iter().filter(|value| !kept.contains(value)).map(ToString::to_string).collect()
+}
+
 /// Begins an expectation: `conflict("insert_exists").key(r#"{"id": 1}"#).a(…).b(…)`.
 pub fn conflict(conflict_type: &str) -> Expected {
-    Expected {
-        conflict_type: conflict_type.to_string(),
-        ..Expected::default()
-    }
+    Expected { conflict_type: conflict_type.to_string(), ..Expected::default() }
 }
 
 impl Expected {
     /// The key of the row.
     pub fn key(self, json: &str) -> Expected {
-        Expected {
-            key: Some(parse(json)),
-            ..self
-        }
+        Expected { key: Some(parse(json)), ..self }
     }
 
     /// What both had seen before; `null` for no row.
     pub fn base(self, json: &str) -> Expected {
-        Expected {
-            base: Some(parse(json)),
-            ..self
-        }
+        Expected { base: Some(parse(json)), ..self }
     }
 
     /// The image on node A: its own `local`, and B's `remote`.
     pub fn a(self, json: &str) -> Expected {
-        Expected {
-            a: Some(parse(json)),
-            ..self
-        }
+        Expected { a: Some(parse(json)), ..self }
     }
 
     /// The image on node B: its own `local`, and A's `remote`.
     pub fn b(self, json: &str) -> Expected {
-        Expected {
-            b: Some(parse(json)),
-            ..self
-        }
+        Expected { b: Some(parse(json)), ..self }
     }
 
     /// The row as it was decided.
     pub fn result(self, json: &str) -> Expected {
-        Expected {
-            result: Some(parse(json)),
-            ..self
-        }
+        Expected { result: Some(parse(json)), ..self }
     }
 
     pub fn status(self, status: &str) -> Expected {
-        Expected {
-            status: Some(status.to_string()),
-            ..self
-        }
+        Expected { status: Some(status.to_string()), ..self }
     }
 
     pub fn constraint(self, name: &str) -> Expected {
-        Expected {
-            constraint: Some(name.to_string()),
-            ..self
-        }
+        Expected { constraint: Some(name.to_string()), ..self }
     }
 
     /// Does this record of node A fit?
     pub fn fits(&self, on_a: &Record) -> bool {
         let text = |expected: &Option<String>, column: &str| {
-            expected
-                .as_ref()
-                .is_none_or(|expected| on_a[column].as_str() == Some(expected))
+            expected.as_ref().is_none_or(|expected| on_a[column].as_str() == Some(expected))
         };
         let image = |expected: &Option<Value>, column: &str| {
-            expected
-                .as_ref()
-                .is_none_or(|expected| holds(&on_a[column], expected))
+            expected.as_ref().is_none_or(|expected| holds(&on_a[column], expected))
         };
         on_a["conflict_type"].as_str() == Some(&self.conflict_type)
             && text(&self.status, "status")
@@ -120,20 +104,7 @@ pub fn records(client: &mut Client, table: &str) -> Vec<Record> {
 
 /// Checks that the nodes' histories mirror each other and hold exactly what is expected.
 pub fn check(on_a: &[Record], on_b: &[Record], expected: &[Expected]) -> Result<(), String> {
-    let mut faults = String::new();
-    let ids = |records: &[Record]| -> Vec<String> {
-        records
-            .iter()
-            .map(|record| record["conflict_id"].to_string())
-            .collect()
-    };
-    if ids(on_a) != ids(on_b) {
-        faults.push_str("the nodes hold different records\n");
-    } else {
-        for (a, b) in on_a.iter().zip(on_b) {
-            check_mirrored(a, b, &mut faults);
-        }
-    }
+    let mut faults = compare(on_a, on_b);
     let mut left: Vec<&Record> = on_a.iter().collect();
     for expectation in expected {
         match left.iter().position(|record| expectation.fits(record)) {
@@ -142,12 +113,31 @@ pub fn check(on_a: &[Record], on_b: &[Record], expected: &[Expected]) -> Result<
         }
     }
     for record in left {
-        let _ = writeln!(
-            faults,
-            "unexpected: {} {}",
-            record["conflict_type"], record["key_tuple"]
-        );
+        let _ = writeln!(faults, "unexpected: {} {}", record["conflict_type"], record["key_tuple"]);
     }
+    verdict(faults, on_a, on_b)
+}
+
+/// Checks that the nodes' histories mirror each other.
+pub fn check_same(on_a: &[Record], on_b: &[Record]) -> Result<(), String> {
+    verdict(compare(on_a, on_b), on_a, on_b)
+}
+
+fn compare(on_a: &[Record], on_b: &[Record]) -> String {
+    let ids = |records: &[Record]| -> Vec<String> {
+        records.iter().map(|record| record["conflict_id"].to_string()).collect()
+    };
+    if ids(on_a) != ids(on_b) {
+        return "the nodes hold different records\n".to_string();
+    }
+    let mut faults = String::new();
+    for (a, b) in on_a.iter().zip(on_b) {
+        check_mirrored(a, b, &mut faults);
+    }
+    faults
+}
+
+fn verdict(mut faults: String, on_a: &[Record], on_b: &[Record]) -> Result<(), String> {
     if faults.is_empty() {
         return Ok(());
     }
@@ -179,11 +169,7 @@ fn check_mirrored(a: &Record, b: &Record, faults: &mut String) {
     ];
     for (on_a, on_b) in columns {
         if a[on_a] != b[on_b] {
-            let _ = writeln!(
-                faults,
-                "{}: {on_a} on A is {}, {on_b} on B is {}",
-                a["conflict_id"], a[on_a], b[on_b]
-            );
+            let _ = writeln!(faults, "{}: {on_a} on A is {}, {on_b} on B is {}", a["conflict_id"], a[on_a], b[on_b]);
         }
     }
 }
@@ -191,9 +177,9 @@ fn check_mirrored(a: &Record, b: &Record, faults: &mut String) {
 /// Is everything that is expected in the image?
 fn holds(actual: &Value, expected: &Value) -> bool {
     match (actual, expected) {
-        (Value::Object(actual), Value::Object(expected)) => expected
-            .iter()
-            .all(|(name, value)| actual.get(name) == Some(value)),
+        (Value::Object(actual), Value::Object(expected)) => {
+            expected.iter().all(|(name, value)| actual.get(name) == Some(value))
+        }
         _ => actual == expected,
     }
 }

@@ -33,4 +33,4 @@ pub use cluster::{Cluster, Stop};
 pub use conflict::conflict;
 pub use pair::{Node, Pair};
 pub use shared::shared;
-pub use wait::{until, until_for};
+pub use wait::{tick, until, until_for};

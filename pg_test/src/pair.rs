@@ -12,6 +12,10 @@ use crate::wait::{until, until_true};
 /// The database that is kept in sync.
 pub const DATABASE: &str = "app";
 
+/// Shorter than the defaults, so that tests don't wait for the pace of an idle pair.
+const PACE: [&str; 3] =
+    ["tandem.poll_interval = '1s'", "tandem.peer_timeout = '3s'", "tandem.max_reconnect_delay = '500ms'"];
+
 /// One of the two servers, its database, and the line that the other one reaches it by.
 pub struct Node {
     pub cluster: Cluster,
@@ -38,10 +42,7 @@ pub struct Builder {
 impl Pair {
     /// A pair of the chosen versions, connected and streaming.
     #[track_caller]
-    #[expect(
-        clippy::new_without_default,
-        reason = "starting two servers is no default"
-    )]
+    #[expect(clippy::new_without_default, reason = "starting two servers is no default")]
     pub fn new() -> Pair {
         Pair::builder().start()
     }
@@ -71,11 +72,7 @@ impl Pair {
     #[track_caller]
     pub fn connect(&self) {
         for (node, peer) in [(&self.a, &self.b), (&self.b, &self.a)] {
-            node.exec(&format!(
-                "select tandem.add_peer('{}', '{}')",
-                peer.name,
-                peer.conninfo_for_peer()
-            ));
+            node.exec(&format!("select tandem.add_peer('{}', '{}')", peer.name, peer.conninfo_for_peer()));
         }
         self.wait_streaming();
     }
@@ -123,11 +120,7 @@ impl Pair {
         for node in [&self.a, &self.b, &self.a, &self.b] {
             match node.try_one("select tandem.wait_for_peer('60s')") {
                 Ok(answer) if answer == "t" => {}
-                answer => panic!(
-                    "{}: waiting for the peer: {answer:?}\n{}",
-                    node.name,
-                    self.report()
-                ),
+                answer => panic!("{}: waiting for the peer: {answer:?}\n{}", node.name, self.report()),
             }
         }
     }
@@ -142,11 +135,16 @@ impl Pair {
         self.b.line.set(line);
     }
 
+    /// The lines are whole again; doesn't wait for anything.
+    pub fn heal_lines(&self) {
+        self.a.line.heal();
+        self.b.line.heal();
+    }
+
     /// The lines are whole again; returns when everything has been exchanged.
     #[track_caller]
     pub fn heal(&self) {
-        self.a.line.heal();
-        self.b.line.heal();
+        self.heal_lines();
         self.wait_streaming();
         self.sync();
     }
@@ -166,11 +164,7 @@ impl Pair {
         let query = format!("select {columns} from {table} order by {key}");
         let (on_a, on_b) = (self.a.rows(&query), self.b.rows(&query));
         if on_a != on_b {
-            panic!(
-                "{table} differs ({columns}):\n{}\n{}",
-                difference(&on_a, &on_b),
-                self.report()
-            );
+            panic!("{table} differs ({columns}):\n{}\n{}", difference(&on_a, &on_b), self.report());
         }
     }
 
@@ -195,21 +189,24 @@ impl Pair {
     #[track_caller]
     pub fn assert_quiet(&self) {
         self.sync();
-        let positions = || {
-            self.nodes()
-                .map(|node| node.one("select pg_current_wal_insert_lsn()"))
-        };
+        let positions = || self.nodes().map(|node| node.one("select pg_current_wal_insert_lsn()"));
         until("both nodes to come to rest", || {
             let before = positions();
             // The time over which rest is observed, not a wait for something to happen.
             std::thread::sleep(std::time::Duration::from_secs(1));
             let after = positions();
-            if before == after {
-                Ok(())
-            } else {
-                Err(format!("{before:?} became {after:?}"))
-            }
+            if before == after { Ok(()) } else { Err(format!("{before:?} became {after:?}")) }
         });
+    }
+
+    /// The history of a table as A has it, after checking that B's mirrors it.
+    #[track_caller]
+    pub fn history(&self, table: &str) -> Vec<Record> {
+        let (on_a, on_b) = (self.a.conflicts(table), self.b.conflicts(table));
+        if let Err(faults) = conflict::check_same(&on_a, &on_b) {
+            panic!("the histories of {table} differ:\n{faults}");
+        }
+        on_a
     }
 
     /// What both nodes say of themselves, for a panic.
@@ -243,10 +240,7 @@ impl Builder {
     #[track_caller]
     pub fn start(self) -> Pair {
         let [a, b] = &self.installations;
-        let pair = Pair {
-            a: Node::start(a, "a", 1, &self.settings[0]),
-            b: Node::start(b, "b", 2, &self.settings[1]),
-        };
+        let pair = Pair { a: Node::start(a, "a", 1, &self.settings[0]), b: Node::start(b, "b", 2, &self.settings[1]) };
         if self.connected {
             pair.connect();
         }
@@ -255,26 +249,13 @@ impl Builder {
 }
 
 impl Node {
-    fn start(
-        installation: &Installation,
-        name: &'static str,
-        id: u32,
-        settings: &[String],
-    ) -> Node {
-        let settings: Vec<&str> = settings.iter().map(String::as_str).collect();
+    fn start(installation: &Installation, name: &'static str, id: u32, settings: &[String]) -> Node {
+        let settings: Vec<&str> = PACE.into_iter().chain(settings.iter().map(String::as_str)).collect();
         let cluster = Cluster::new(installation, name, &settings);
         cluster.start();
-        cluster
-            .connect("postgres")
-            .exec(&format!("create database {DATABASE}"));
+        cluster.connect("postgres").exec(&format!("create database {DATABASE}"));
         let line = Proxy::start(0, cluster.port());
-        let node = Node {
-            cluster,
-            line,
-            name,
-            id,
-            client: Mutex::new(None),
-        };
+        let node = Node { cluster, line, name, id, client: Mutex::new(None) };
         node.exec("create extension tandem");
         node.exec(&format!("select tandem.create_node('{name}', {id})"));
         node
@@ -342,60 +323,40 @@ impl Node {
     /// Waits until the exchange with the peer is in this state.
     #[track_caller]
     pub fn wait_state(&self, state: &str) {
-        until(
-            &format!("the exchange of {} to be {state}", self.name),
-            || match self.try_one("select state from tandem.status") {
+        until(&format!("the exchange of {} to be {state}", self.name), || {
+            match self.try_one("select state from tandem.status") {
                 Ok(seen) if seen == state => Ok(()),
                 Ok(_) => Err(self.report()),
                 Err(failure) => Err(failure.to_string()),
-            },
-        );
+            }
+        });
     }
 
     /// Waits until a synced table is in this state.
     #[track_caller]
     pub fn wait_table(&self, table: &str, state: &str) {
-        let query = format!(
-            "select state, reason from tandem.tables where relation::text = '{table}'::regclass::text"
-        );
-        until(
-            &format!("table {table} of {} to be {state}", self.name),
-            || match self.try_one(&query) {
-                Ok(seen) if seen.split('|').next() == Some(state) => Ok(()),
-                Ok(seen) => Err(format!("{seen}\n{}", self.report())),
-                Err(failure) => Err(failure.to_string()),
-            },
-        );
+        let query = format!("select state, reason from tandem.tables where relation::text = '{table}'::regclass::text");
+        until(&format!("table {table} of {} to be {state}", self.name), || match self.try_one(&query) {
+            Ok(seen) if seen.split('|').next() == Some(state) => Ok(()),
+            Ok(seen) => Err(format!("{seen}\n{}", self.report())),
+            Err(failure) => Err(failure.to_string()),
+        });
     }
 
     /// Waits until a query answers this.
     #[track_caller]
     pub fn wait_rows(&self, query: &str, expected: &[&str]) {
-        until(
-            &format!("{} to answer {expected:?} to: {query}", self.name),
-            || {
-                let seen = self
-                    .with(|client| client.try_rows(query))
-                    .map_err(|f| f.to_string())?;
-                if seen == expected {
-                    Ok(())
-                } else {
-                    Err(format!("{seen:?}\n{}", self.report()))
-                }
-            },
-        );
+        until(&format!("{} to answer {expected:?} to: {query}", self.name), || {
+            let seen = self.with(|client| client.try_rows(query)).map_err(|f| f.to_string())?;
+            if seen == expected { Ok(()) } else { Err(format!("{seen:?}\n{}", self.report())) }
+        });
     }
 
     /// Waits until some session waits for a lock (or, for an exchange worker, for anything) with `pid`.
     #[track_caller]
     pub fn wait_blocked(&self, pid: i32) {
-        let query = format!(
-            "select 1 from pg_stat_activity where pid = {pid} and wait_event_type = 'Lock'"
-        );
-        until_true(
-            &format!("session {pid} of {} to wait for a lock", self.name),
-            || !self.rows(&query).is_empty(),
-        );
+        let query = format!("select 1 from pg_stat_activity where pid = {pid} and wait_event_type = 'Lock'");
+        until_true(&format!("session {pid} of {} to wait for a lock", self.name), || !self.rows(&query).is_empty());
     }
 
     /// The exchange worker of this node.
@@ -416,12 +377,8 @@ impl Node {
             "select pid from pg_stat_activity where datname = '{DATABASE}' and {condition} order by backend_start desc limit 1"
         );
         until(&format!("a process with {condition}"), || {
-            let rows = self
-                .with(|client| client.try_rows(&query))
-                .map_err(|f| f.to_string())?;
-            rows.first()
-                .and_then(|pid| pid.parse().ok())
-                .ok_or_else(|| "none".to_string())
+            let rows = self.with(|client| client.try_rows(&query)).map_err(|f| f.to_string())?;
+            rows.first().and_then(|pid| pid.parse().ok()).ok_or_else(|| "none".to_string())
         })
     }
 
@@ -454,10 +411,7 @@ impl Node {
 
     /// Status, tables and the end of the log, for a panic.
     pub fn report(&self) -> String {
-        let mut report = format!(
-            "--- node {} ({})\n",
-            self.name, self.cluster.installation.version
-        );
+        let mut report = format!("--- node {} ({})\n", self.name, self.cluster.installation.version);
         let connection = Client::connect(&self.cluster.conninfo(DATABASE));
         if let Ok(mut client) = connection {
             for view in ["tandem.status", "tandem.tables"] {
@@ -486,11 +440,7 @@ fn difference(on_a: &[String], on_b: &[String]) -> String {
     let only = |these: &[String], those: &[String], name: &str| {
         let those: std::collections::HashSet<&String> = those.iter().collect();
         let only: Vec<&String> = these.iter().filter(|row| !those.contains(row)).collect();
-        let mut text = format!(
-            "{} rows on {name}, {} of them only there:",
-            these.len(),
-            only.len()
-        );
+        let mut text = format!("{} rows on {name}, {} of them only there:", these.len(), only.len());
         for row in only.iter().take(SHOWN) {
             text.push_str(&format!("\n  {row}"));
         }

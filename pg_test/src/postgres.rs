@@ -38,11 +38,7 @@ impl Installation {
             .collect::<String>()
             .parse()
             .unwrap_or_else(|_| panic!("{}: what version is {version:?}?", pg_config.display()));
-        Installation {
-            bindir: PathBuf::from(ask("--bindir")),
-            major,
-            version,
-        }
+        Installation { bindir: PathBuf::from(ask("--bindir")), major, version }
     }
 
     /// The installation of node A.
@@ -69,9 +65,7 @@ impl Installation {
     pub fn run(&self, program: &str, args: &[&str]) -> String {
         let mut command = self.command(program);
         command.args(args);
-        let output = command
-            .output()
-            .unwrap_or_else(|e| panic!("can't run {program}: {e}"));
+        let output = command.output().unwrap_or_else(|e| panic!("can't run {program}: {e}"));
         assert!(
             output.status.success(),
             "{program} {args:?} failed ({}):\n{}{}",
@@ -96,10 +90,7 @@ pub fn as_server(command: &mut Command) {
         command.uid(user.uid.as_raw()).gid(user.gid.as_raw());
         command.env("HOME", &user.dir).env("USER", &user.name);
     }
-    command
-        .current_dir("/")
-        .env("LC_ALL", "C.UTF-8")
-        .env("TZ", "UTC");
+    command.current_dir("/").env("LC_ALL", "C.UTF-8").env("TZ", "UTC");
     for (name, _) in std::env::vars().filter(|(name, _)| name.starts_with("PG")) {
         command.env_remove(name);
     }
@@ -107,27 +98,21 @@ pub fn as_server(command: &mut Command) {
 
 /// The account to drop to, if we are root.
 pub fn server_account() -> Option<User> {
-    geteuid().is_root().then(|| {
-        User::from_name("postgres")
-            .ok()
-            .flatten()
-            .expect("root needs an account `postgres`")
-    })
+    geteuid().is_root().then(|| User::from_name("postgres").ok().flatten().expect("root needs an account `postgres`"))
 }
 
 fn chosen(variable: &str) -> Installation {
     match std::env::var_os(variable) {
         Some(pg_config) => Installation::of(Path::new(&pg_config)),
-        None => Installation::all().into_iter().next().unwrap_or_else(|| {
-            panic!("set {variable}, or run scripts/build 15 to have a copy under target/pg")
-        }),
+        None => Installation::all()
+            .into_iter()
+            .next()
+            .unwrap_or_else(|| panic!("set {variable}, or run scripts/build 15 to have a copy under target/pg")),
     }
 }
 
 fn private_copies() -> PathBuf {
-    let target = std::env::var_os("CARGO_TARGET_DIR").map_or_else(
-        || Path::new(env!("CARGO_MANIFEST_DIR")).join("../target"),
-        PathBuf::from,
-    );
+    let target = std::env::var_os("CARGO_TARGET_DIR")
+        .map_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("../target"), PathBuf::from);
     target.join("pg")
 }

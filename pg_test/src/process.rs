@@ -67,11 +67,9 @@ pub fn children(pid: i32) -> Vec<i32> {
 
 /// Waits until none of these processes is left.
 pub fn wait_gone(pids: &[i32]) {
-    until("processes to be gone", || {
-        match pids.iter().find(|&&pid| is_running(pid)) {
-            Some(pid) => Err(format!("{pid} is still there")),
-            None => Ok(()),
-        }
+    until("processes to be gone", || match pids.iter().find(|&&pid| is_running(pid)) {
+        Some(pid) => Err(format!("{pid} is still there")),
+        None => Ok(()),
     });
 }
 
@@ -93,18 +91,12 @@ pub fn remove_at_exit(dir: &Path) {
         // SAFETY: the handler is a plain function; it takes locks that no one holds for long.
         unsafe { atexit(clean_up) };
     });
-    LITTER
-        .lock()
-        .unwrap_or_else(PoisonError::into_inner)
-        .push(dir.to_path_buf());
+    LITTER.lock().unwrap_or_else(PoisonError::into_inner).push(dir.to_path_buf());
 }
 
 /// The directory is gone, or is to stay.
 pub fn forget(dir: &Path) {
-    LITTER
-        .lock()
-        .unwrap_or_else(PoisonError::into_inner)
-        .retain(|other| other != dir);
+    LITTER.lock().unwrap_or_else(PoisonError::into_inner).retain(|other| other != dir);
 }
 
 unsafe extern "C" {

@@ -67,14 +67,9 @@ pub struct Proxy {
 impl Proxy {
     /// Listens on `port` (0: any) and passes everything on to `target`.
     pub fn start(port: u16, target: u16) -> Proxy {
-        let listener =
-            TcpListener::bind((Ipv4Addr::LOCALHOST, port)).expect("the proxy's port is free");
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, port)).expect("the proxy's port is free");
         let port = listener.local_addr().expect("it is bound").port();
-        let state = State {
-            line: Line::Open,
-            quality: Quality::default(),
-            tamper: None,
-        };
+        let state = State { line: Line::Open, quality: Quality::default(), tamper: None };
         let shared = Arc::new(Shared {
             state: Mutex::new(state),
             closing: AtomicBool::new(false),
@@ -99,11 +94,7 @@ impl Proxy {
 
     /// Everything passes again, at full speed and unchanged.
     pub fn heal(&self) {
-        *self.shared.state() = State {
-            line: Line::Open,
-            quality: Quality::default(),
-            tamper: None,
-        };
+        *self.shared.state() = State { line: Line::Open, quality: Quality::default(), tamper: None };
     }
 
     /// Each piece of traffic waits this long.
@@ -198,9 +189,7 @@ impl Shared {
         self.open.fetch_add(1, Ordering::Relaxed);
         let dead = Arc::new(AtomicBool::new(false));
         let (back, dead_too) = (Arc::clone(&self), Arc::clone(&dead));
-        let answers = thread::spawn(move || {
-            back.pump(&other_server, &other_client, Direction::ToClient, &dead_too)
-        });
+        let answers = thread::spawn(move || back.pump(&other_server, &other_client, Direction::ToClient, &dead_too));
         self.pump(&client, &server, Direction::ToServer, &dead);
         let _ = answers.join();
         self.open.fetch_sub(1, Ordering::Relaxed);
@@ -259,13 +248,7 @@ impl Shared {
     }
 
     /// Sends as the line allows: what was read before it went bad stays here until it is healed.
-    fn send(
-        &self,
-        mut to: &TcpStream,
-        mut bytes: &[u8],
-        direction: Direction,
-        dead: &AtomicBool,
-    ) -> Sent {
+    fn send(&self, mut to: &TcpStream, mut bytes: &[u8], direction: Direction, dead: &AtomicBool) -> Sent {
         let counter = match direction {
             Direction::ToServer => &self.to_server,
             Direction::ToClient => &self.to_client,

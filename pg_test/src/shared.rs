@@ -30,9 +30,7 @@ impl Deref for SharedPair {
     type Target = Pair;
 
     fn deref(&self) -> &Pair {
-        self.held
-            .as_ref()
-            .expect("it is there from shared() to drop")
+        self.held.as_ref().expect("it is there from shared() to drop")
     }
 }
 

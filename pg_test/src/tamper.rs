@@ -31,18 +31,9 @@ pub struct Passed {
 
 impl Stream {
     /// Takes bytes from the server; whole messages come out, spoiled if there is an order to.
-    pub fn pass(
-        &mut self,
-        bytes: &[u8],
-        order: Option<Tamper>,
-        random: &mut impl FnMut() -> u8,
-    ) -> Passed {
+    pub fn pass(&mut self, bytes: &[u8], order: Option<Tamper>, random: &mut impl FnMut() -> u8) -> Passed {
         self.pending.extend_from_slice(bytes);
-        let mut passed = Passed {
-            bytes: Vec::new(),
-            left: order,
-            then_cut: false,
-        };
+        let mut passed = Passed { bytes: Vec::new(), left: order, then_cut: false };
         while let Some(length) = whole_message(&self.pending) {
             let mut message: Vec<u8> = self.pending.drain(..length).collect();
             match passed.left {
@@ -59,10 +50,7 @@ impl Stream {
                 Some(Tamper::Values { at_least, rows })
                     if message[0] == b'D' && spoil(&mut message, at_least, random) =>
                 {
-                    passed.left = (rows > 1).then(|| Tamper::Values {
-                        at_least,
-                        rows: rows - 1,
-                    });
+                    passed.left = (rows > 1).then(|| Tamper::Values { at_least, rows: rows - 1 });
                 }
                 Some(Tamper::Truncate { .. } | Tamper::Values { .. }) => {}
             }
@@ -130,17 +118,10 @@ mod tests {
     #[test]
     fn values_are_spoiled_in_place() {
         let message = row(&[b"ab", b"a long enough value"]);
-        let order = Some(Tamper::Values {
-            at_least: 10,
-            rows: 1,
-        });
+        let order = Some(Tamper::Values { at_least: 10, rows: 1 });
         let passed = Stream::default().pass(&message, order, &mut || 3);
         assert_eq!(passed.bytes.len(), message.len());
-        assert_eq!(
-            passed.bytes[..13],
-            message[..13],
-            "the short value and the frame stay"
-        );
+        assert_eq!(passed.bytes[..13], message[..13], "the short value and the frame stay");
         assert_ne!(passed.bytes, message);
         assert_eq!(passed.left, None);
     }

@@ -7,12 +7,7 @@ use crate::pair::{DATABASE, Node};
 use crate::postgres::{Installation, as_server};
 
 /// The tables of TPC-B.
-pub const TABLES: [&str; 4] = [
-    "pgbench_accounts",
-    "pgbench_branches",
-    "pgbench_tellers",
-    "pgbench_history",
-];
+pub const TABLES: [&str; 4] = ["pgbench_accounts", "pgbench_branches", "pgbench_tellers", "pgbench_history"];
 
 /// What pgbench said at the end.
 #[derive(Clone, Debug)]
@@ -33,32 +28,16 @@ pub fn init(node: &Node, scale: u32) {
     let scale = scale.to_string();
     let mut command = pgbench(node);
     command.args(["-i", "-q", "-s", &scale]).arg(DATABASE);
-    finish(
-        command
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .spawn()
-            .expect("pgbench starts"),
-    );
-    node.exec(
-        "alter table pgbench_history add column id uuid primary key default gen_random_uuid()",
-    );
+    finish(command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("pgbench starts"));
+    node.exec("alter table pgbench_history add column id uuid primary key default gen_random_uuid()");
 }
 
 /// Starts the TPC-B-like transactions; [`Run::wait`] for them.
 pub fn start(node: &Node, clients: u32, seconds: u32) -> Run {
     let (clients, seconds) = (clients.to_string(), seconds.to_string());
     let mut command = pgbench(node);
-    command
-        .args(["-n", "-c", &clients, "-j", &clients, "-T", &seconds])
-        .arg(DATABASE);
-    Run {
-        child: command
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .spawn()
-            .expect("pgbench starts"),
-    }
+    command.args(["-n", "-c", &clients, "-j", &clients, "-T", &seconds]).arg(DATABASE);
+    Run { child: command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("pgbench starts") }
 }
 
 impl Run {
@@ -67,17 +46,12 @@ impl Run {
         let output = finish(self.child);
         let after = |what: &str| {
             let line = output.lines().find(|line| line.starts_with(what));
-            let line =
-                line.unwrap_or_else(|| panic!("pgbench says nothing of {what:?}:\n{output}"));
-            let number = line[what.len()..]
-                .trim()
-                .split(|c: char| !(c.is_ascii_digit() || c == '.'));
+            let line = line.unwrap_or_else(|| panic!("pgbench says nothing of {what:?}:\n{output}"));
+            let number = line[what.len()..].trim().split(|c: char| !(c.is_ascii_digit() || c == '.'));
             number.into_iter().next().unwrap_or_default().to_string()
         };
         Report {
-            transactions: after("number of transactions actually processed:")
-                .parse()
-                .expect("a count"),
+            transactions: after("number of transactions actually processed:").parse().expect("a count"),
             tps: after("tps =").parse().expect("a rate"),
         }
     }
@@ -86,11 +60,7 @@ impl Run {
 fn finish(child: Child) -> String {
     let output = child.wait_with_output().expect("pgbench ends");
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
-    assert!(
-        output.status.success(),
-        "pgbench failed:\n{}",
-        text(&output.stderr)
-    );
+    assert!(output.status.success(), "pgbench failed:\n{}", text(&output.stderr));
     text(&output.stdout)
 }
 
@@ -103,9 +73,7 @@ fn pgbench(node: &Node) -> Command {
 }
 
 fn program() -> PathBuf {
-    let installations = [Installation::a(), Installation::b()]
-        .into_iter()
-        .chain(Installation::all());
+    let installations = [Installation::a(), Installation::b()].into_iter().chain(Installation::all());
     installations
         .map(|installation| installation.bindir.join("pgbench"))
         .chain([PathBuf::from("/usr/bin/pgbench")])

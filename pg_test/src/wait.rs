@@ -16,11 +16,7 @@ pub fn until<T, E: Display>(what: &str, probe: impl FnMut() -> Result<T, E>) -> 
 
 /// [`until`] with its own limit.
 #[track_caller]
-pub fn until_for<T, E: Display>(
-    limit: Duration,
-    what: &str,
-    mut probe: impl FnMut() -> Result<T, E>,
-) -> T {
+pub fn until_for<T, E: Display>(limit: Duration, what: &str, mut probe: impl FnMut() -> Result<T, E>) -> T {
     let start = Instant::now();
     let mut pause = Duration::from_millis(5);
     loop {
@@ -40,4 +36,16 @@ pub fn until_for<T, E: Display>(
 #[track_caller]
 pub fn until_true(what: &str, mut probe: impl FnMut() -> bool) {
     until(what, || if probe() { Ok(()) } else { Err("not yet") });
+}
+
+/// Lets the wall clock move on, so that what is written next is later than what was written before,
+/// on whichever server of this machine.
+pub fn tick() {
+    sleep(Duration::from_millis(5));
+}
+
+/// Should the tests run at full size (`TANDEM_FULL=1`)? Otherwise large ones are cut to what a
+/// developer waits for.
+pub fn full_size() -> bool {
+    std::env::var_os("TANDEM_FULL").is_some()
 }

@@ -20,9 +20,7 @@ pub const COLUMNS: &str = "id int primary key, a text, b text";
 
 /// The seed of this run: `TANDEM_SEED`, or a new one; printed, so that a failure can be repeated.
 pub fn seed() -> u64 {
-    let given = std::env::var("TANDEM_SEED")
-        .ok()
-        .and_then(|seed| seed.parse().ok());
+    let given = std::env::var("TANDEM_SEED").ok().and_then(|seed| seed.parse().ok());
     let seed = given.unwrap_or_else(|| rand::rng().random());
     eprintln!("TANDEM_SEED={seed}");
     seed
@@ -50,19 +48,13 @@ pub struct Workload {
 impl Workload {
     /// Starts `writers` writers on each node, on a table with [`COLUMNS`].
     pub fn start(pair: &Pair, table: &str, writers: u32, keys: u32, seed: u64) -> Workload {
-        let mut workload = Workload {
-            table: table.to_string(),
-            stop: Arc::default(),
-            commits: Arc::default(),
-            writers: Vec::new(),
-        };
+        let mut workload =
+            Workload { table: table.to_string(), stop: Arc::default(), commits: Arc::default(), writers: Vec::new() };
         for node in pair.nodes() {
             for number in 0..writers {
                 let writer = Writer::new(node, table, number, keys, seed);
                 let (stop, commits) = (Arc::clone(&workload.stop), Arc::clone(&workload.commits));
-                workload
-                    .writers
-                    .push(thread::spawn(move || writer.run(&stop, &commits)));
+                workload.writers.push(thread::spawn(move || writer.run(&stop, &commits)));
             }
         }
         workload
@@ -77,9 +69,7 @@ impl Workload {
     #[track_caller]
     pub fn wait_commits(&self, more: u64) {
         let goal = self.commits() + more;
-        until_true(&format!("{more} more transactions"), || {
-            self.commits() >= goal
-        });
+        until_true(&format!("{more} more transactions"), || self.commits() >= goal);
     }
 
     /// Ends the writers, waits for both streams, and checks that the nodes agree and nothing is lost.
@@ -98,11 +88,8 @@ impl Workload {
         pair.sync();
         pair.assert_converged(&self.table);
         let kept = kept(pair, &self.table);
-        let lost: BTreeSet<&String> = all
-            .committed
-            .iter()
-            .filter(|value| !all.seen.contains(*value) && !kept.contains(*value))
-            .collect();
+        let lost: BTreeSet<&String> =
+            all.committed.iter().filter(|value| !all.seen.contains(*value) && !kept.contains(*value)).collect();
         assert!(
             lost.is_empty(),
             "{} of {} committed values are lost without a record: {lost:?}",
@@ -162,16 +149,12 @@ impl Writer {
             match self.transaction(session) {
                 Ok(()) => drop(commits.fetch_add(1, Ordering::Relaxed)),
                 // Lost races are part of the game; a broken connection means a server in trouble.
-                Err(failure)
-                    if matches!(failure.sqlstate.as_str(), "23505" | "40001" | "40P01") =>
-                {
+                Err(failure) if matches!(failure.sqlstate.as_str(), "23505" | "40001" | "40P01") => {
                     if session.try_exec("rollback").is_err() {
                         client = None;
                     }
                 }
-                Err(failure)
-                    if failure.sqlstate.is_empty() || failure.sqlstate.starts_with("57P") =>
-                {
+                Err(failure) if failure.sqlstate.is_empty() || failure.sqlstate.starts_with("57P") => {
                     client = None;
                 }
                 Err(failure) => {
@@ -213,14 +196,9 @@ impl Writer {
         seen: &mut Vec<String>,
     ) -> Result<(), Failure> {
         let (table, id) = (&self.table, self.random.random_range(1..=self.keys));
-        let old = client.try_cells(&format!(
-            "select a, b from {table} where id = {id} for update"
-        ))?;
+        let old = client.try_cells(&format!("select a, b from {table} where id = {id} for update"))?;
         self.count += 1;
-        let (a, b) = (
-            format!("{}.{}a", self.name, self.count),
-            format!("{}.{}b", self.name, self.count),
-        );
+        let (a, b) = (format!("{}.{}a", self.name, self.count), format!("{}.{}b", self.name, self.count));
         let Some(old) = old.into_iter().next() else {
             client.try_exec(&format!("insert into {table} values ({id}, '{a}', '{b}')"))?;
             written.extend([a, b]);
@@ -234,9 +212,7 @@ impl Writer {
                 replace(1);
             }
             2 | 3 => {
-                client.try_exec(&format!(
-                    "update {table} set a = '{a}', b = '{b}' where id = {id}"
-                ))?;
+                client.try_exec(&format!("update {table} set a = '{a}', b = '{b}' where id = {id}"))?;
                 replace(0);
                 replace(1);
                 written.extend([a, b]);

@@ -12,11 +12,7 @@ use tandem_pg_test::wait::until_true;
 use tandem_pg_test::{Client, Cluster, Stop, process};
 
 fn plain() -> Cluster {
-    let cluster = Cluster::new(
-        &Installation::a(),
-        "plain",
-        &["shared_preload_libraries = ''"],
-    );
+    let cluster = Cluster::new(&Installation::a(), "plain", &["shared_preload_libraries = ''"]);
     cluster.start();
     cluster
 }
@@ -24,9 +20,7 @@ fn plain() -> Cluster {
 #[test]
 fn a_cluster_survives_whatever_ends_it() {
     let cluster = plain();
-    cluster
-        .connect("postgres")
-        .exec("create table t (n int); insert into t values (1)");
+    cluster.connect("postgres").exec("create table t (n int); insert into t values (1)");
     for end in 0..4 {
         let before = cluster.pid();
         match end {
@@ -40,11 +34,7 @@ fn a_cluster_survives_whatever_ends_it() {
             _ => {
                 let victim = cluster.connect("postgres");
                 cluster.kill_process(victim.pid());
-                assert_eq!(
-                    cluster.pid(),
-                    before,
-                    "the postmaster restarts its children"
-                );
+                assert_eq!(cluster.pid(), before, "the postmaster restarts its children");
             }
         }
         assert_eq!(cluster.connect("postgres").rows("select n from t"), ["1"]);
@@ -80,11 +70,7 @@ fn a_session_says_what_went_wrong() {
         client.rows(&query) == ["Lock"]
     });
     client.exec("rollback");
-    update
-        .join()
-        .expect("no panic")
-        .1
-        .expect("the update goes through");
+    update.join().expect("no panic").1.expect("the update goes through");
     assert_eq!(client.rows("select n from t"), ["3"]);
 }
 
@@ -129,10 +115,7 @@ fn a_line_passes_stalls_and_heals() {
     for line in [Line::Stalled, Line::OnlyToServer, Line::OnlyToClient] {
         proxy.set(line);
         stream.write_all(MESSAGE).expect("the kernel takes it");
-        assert!(
-            !answered(&mut stream, SHORT).expect("not closed"),
-            "{line:?}"
-        );
+        assert!(!answered(&mut stream, SHORT).expect("not closed"), "{line:?}");
         proxy.heal();
         assert!(answered(&mut stream, LONG).expect("healed"), "{line:?}");
     }
@@ -150,16 +133,9 @@ fn a_cut_line_resets_and_refuses() {
     stream.write_all(MESSAGE).expect("open");
     assert!(answered(&mut stream, LONG).expect("open"));
     proxy.set(Line::Cut);
-    assert!(
-        answered(&mut stream, LONG).is_err(),
-        "the connection is gone"
-    );
+    assert!(answered(&mut stream, LONG).is_err(), "the connection is gone");
     let refused = TcpStream::connect(("127.0.0.1", proxy.port()));
-    assert!(
-        refused
-            .and_then(|mut stream| answered(&mut stream, LONG))
-            .is_err()
-    );
+    assert!(refused.and_then(|mut stream| answered(&mut stream, LONG)).is_err());
     proxy.heal();
     let mut stream = TcpStream::connect(("127.0.0.1", proxy.port())).expect("it listens");
     stream.write_all(MESSAGE).expect("open");
@@ -186,18 +162,10 @@ fn a_blackhole_keeps_what_fell_into_it() {
 fn sessions_pass_through_a_line() {
     let cluster = plain();
     let proxy = Proxy::start(0, cluster.port());
-    let conninfo = format!(
-        "host=127.0.0.1 port={} user=postgres dbname=postgres",
-        proxy.port()
-    );
+    let conninfo = format!("host=127.0.0.1 port={} user=postgres dbname=postgres", proxy.port());
     let mut client = Client::connect(&conninfo).expect("through the proxy");
     assert_eq!(client.one("select length(repeat('x', 3000000))"), "3000000");
-    assert_eq!(
-        client.rows("select repeat('x', 3000000)")[0].len(),
-        3_000_000
-    );
+    assert_eq!(client.rows("select repeat('x', 3000000)")[0].len(), 3_000_000);
     proxy.set(Line::Cut);
-    until_true("the session to break", || {
-        client.try_exec("select 1").is_err()
-    });
+    until_true("the session to break", || client.try_exec("select 1").is_err());
 }
