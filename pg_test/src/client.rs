@@ -111,6 +111,32 @@ impl Client {
         Ok(rows)
     }
 
+    /// The rows of a query as a table for people.
+    pub fn table(&mut self, sql: &str) -> Result<String, Failure> {
+        let mut lines: Vec<Vec<String>> = Vec::new();
+        for message in self.inner.simple_query(sql)? {
+            if let SimpleQueryMessage::Row(row) = message {
+                if lines.is_empty() {
+                    lines.push(row.columns().iter().map(|column| column.name().to_string()).collect());
+                }
+                lines.push((0..row.len()).map(|i| row.get(i).unwrap_or("").to_string()).collect());
+            }
+        }
+        let width = |column: usize| lines.iter().map(|line| line[column].chars().count()).max().unwrap_or(0);
+        let widths: Vec<usize> = (0..lines.first().map_or(0, Vec::len)).map(width).collect();
+        let mut text = String::new();
+        for (number, line) in lines.iter().enumerate() {
+            let padded = line.iter().zip(&widths).map(|(cell, width)| format!(" {cell:<width$} "));
+            text.push_str(padded.collect::<Vec<_>>().join("|").trim_end());
+            text.push('\n');
+            if number == 0 {
+                let rule: Vec<String> = widths.iter().map(|width| "-".repeat(width + 2)).collect();
+                text.push_str(&(rule.join("+") + "\n"));
+            }
+        }
+        Ok(text)
+    }
+
     /// The first column of the only row.
     #[track_caller]
     pub fn query_one<T>(&mut self, sql: &str) -> T

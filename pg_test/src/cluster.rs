@@ -79,6 +79,7 @@ impl Cluster {
     /// Leaves the server running when this process ends.
     pub fn detach(&mut self) {
         self.detached = true;
+        process::forget(&self.dir);
     }
 
     /// Appends to postgresql.conf; later lines win. In force at the next start or reload.
@@ -208,6 +209,11 @@ impl Cluster {
         self.port
     }
 
+    /// Everything of this cluster: data, log, socket.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
     /// The data directory.
     pub fn data(&self) -> PathBuf {
         self.dir.join("data")
@@ -240,7 +246,6 @@ impl Drop for Cluster {
             eprintln!("--- log of server {} ---\n{}\n---", self.name, self.log_tail(60));
         }
         if self.detached {
-            process::forget(&self.dir);
             return;
         }
         if let Some(mut child) = self.lock().take() {

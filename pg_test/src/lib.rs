@@ -18,6 +18,7 @@
 pub mod client;
 pub mod cluster;
 pub mod conflict;
+pub mod node;
 pub mod pair;
 pub mod postgres;
 pub mod process;
@@ -31,6 +32,7 @@ pub mod workload;
 pub use client::Client;
 pub use cluster::{Cluster, Stop};
 pub use conflict::conflict;
-pub use pair::{Node, Pair};
+pub use node::Node;
+pub use pair::Pair;
 pub use shared::shared;
 pub use wait::{tick, until, until_for};

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 
-use crate::pair::{DATABASE, Node};
+use crate::node::{DATABASE, Node};
 use crate::postgres::{Installation, as_server};
 
 /// The tables of TPC-B.

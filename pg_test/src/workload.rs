@@ -12,7 +12,8 @@ use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
 use crate::client::{Client, Failure};
-use crate::pair::{DATABASE, Node, Pair};
+use crate::node::{DATABASE, Node};
+use crate::pair::Pair;
 use crate::wait::until_true;
 
 /// Columns that the writers expect; keys are 1 to the workload's `keys`.

@@ -3,7 +3,7 @@
 
 use std::time::{Duration, Instant};
 
-use tandem_pg_test::pair::DATABASE;
+use tandem_pg_test::node::DATABASE;
 use tandem_pg_test::proxy::Line;
 use tandem_pg_test::tamper::Tamper;
 use tandem_pg_test::wait::{full_size, until, until_true};

@@ -3,9 +3,8 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
-use tandem_pg_test::pair::Node;
 use tandem_pg_test::wait::full_size;
-use tandem_pg_test::{Client, Pair, shared};
+use tandem_pg_test::{Client, Node, Pair, shared};
 
 #[test]
 fn s01_insert_arrives() {
