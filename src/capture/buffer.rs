@@ -81,7 +81,7 @@ impl Buffer {
 
     /// Appends an item without looking at what it is about.
     pub fn push_plain(&mut self, item: &Item<'_>) {
-        wire::push_item(&mut self.body, item);
+        wire::push_item(&mut self.body, item).unwrap_or_else(|e| Error::from(e).raise());
         if self.body.len() > guc::CAPTURE_MEMORY.get() as usize * 1024 {
             self.spool();
         }

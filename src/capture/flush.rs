@@ -1,6 +1,7 @@
 //! At pre-commit the buffer becomes journal rows: net effect per key, chunks first, then the position is
 //! taken and written in one closing row.
 use super::buffer::{self, Buffer};
+use super::spool::Spool;
 use crate::error::Error;
 use crate::journal::{Row, Segment};
 use crate::registry;
@@ -33,6 +34,7 @@ pub fn at_pre_commit() {
         net(buffer);
     }
     if buffer.is_empty() && !buffer.heartbeat {
+        buffer.spool.take().map(Spool::close);
         return;
     }
     // SAFETY: TOAST wants a snapshot; popped below, or by the abort.
@@ -47,7 +49,7 @@ fn write(buffer: &mut Buffer) -> tandem_model::hlc::Position {
     let segment = Segment::pick();
     let first = registry::first();
     let mut chunks = 0;
-    if let Some(spool) = &mut buffer.spool {
+    if let Some(mut spool) = buffer.spool.take() {
         if !buffer.body.is_empty() {
             spool.append(&buffer.body);
             buffer.body.clear();
@@ -56,6 +58,7 @@ fn write(buffer: &mut Buffer) -> tandem_model::hlc::Position {
             segment.append_chunk(first, chunks, block);
             chunks += 1;
         });
+        spool.close();
     }
     // `seen` before the position: whatever this node had not seen is then below every position that
     // says it was.
@@ -79,15 +82,16 @@ fn net(buffer: &mut Buffer) {
             match &item {
                 Item::Change(change) if again.contains(&key_hash(change)) => {
                     let mut bytes = Vec::new();
-                    wire::push_item(&mut bytes, &item);
+                    wire::push_item(&mut bytes, &item).unwrap_or_else(|e| Error::from(e).raise());
                     repeated.push(bytes);
                 }
                 _ => kept.push_plain(&item),
             }
         }
     };
-    if let Some(spool) = &mut buffer.spool {
+    if let Some(mut spool) = buffer.spool.take() {
         spool.for_each(&mut sort);
+        spool.close();
     }
     sort(&buffer.body);
     let changes = repeated
