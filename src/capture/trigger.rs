@@ -23,8 +23,7 @@ use std::cell::RefCell;
 use std::collections::HashMap;
 use std::rc::Rc;
 use tandem_model::change::{Item, Op};
-use tandem_model::hlc::{Hlc, NodeId};
-use tandem_model::stable::Stable;
+use tandem_model::hlc::Hlc;
 use tandem_model::versions::Versions;
 
 /// A deleted row on its way from BEFORE to AFTER DELETE: table, block and offset.
@@ -134,13 +133,6 @@ pub fn listed(rel: &SyncedRelation, row: &Row) -> Result<Versions> {
     }
 }
 
-/// The stable points in force for stamping: every foreign version is of the one peer.
-fn stable() -> Result<Stable> {
-    let database = shmem::database();
-    let own = database.node().ok_or_else(|| Error::bug("no node id"))?;
-    Ok(database.stable(own, NodeId(0)))
-}
-
 /// BEFORE INSERT OR UPDATE: a new version for what changes, the old ones for what doesn't.
 fn stamp(data: &pg_sys::TriggerData) -> Result<pg_sys::HeapTuple> {
     let insert = event_is(data, pg_sys::TRIGGER_EVENT_INSERT);
@@ -164,7 +156,7 @@ fn stamp(data: &pg_sys::TriggerData) -> Result<pg_sys::HeapTuple> {
                 (Hlc(datum(&old, rel.hlc_attnum).map_or(0, |d| d.value() as u64)), versions)
             } else {
                 let version = registry::stamp();
-                versions.trim(&stable()?);
+                versions.trim(&shmem::database().stable_points());
                 changed.into_iter().for_each(|cell| versions.set(cell, version));
                 (version, versions)
             }
@@ -258,7 +250,7 @@ fn capture_update(data: &pg_sys::TriggerData, rel: &SyncedRelation, old: &Row, n
         return capture_insert(data, rel, data.tg_newtuple, new, version, Some(old));
     }
     let mut before = listed(rel, old)?;
-    before.trim(&stable()?);
+    before.trim(&shmem::database().stable_points());
     let after = listed(rel, new)?;
     let cells: Vec<_> = after.cells.iter().filter(|(_, v)| *v == version).map(|(cell, _)| *cell).collect();
     let base = Versions {
@@ -275,7 +267,7 @@ fn capture_update(data: &pg_sys::TriggerData, rel: &SyncedRelation, old: &Row, n
 
 fn capture_delete(rel: &SyncedRelation, row: &Row, version: Hlc, moved: Option<&Row>) -> Result<()> {
     let mut base = listed(rel, row)?;
-    base.trim(&stable()?);
+    base.trim(&shmem::database().stable_points());
     let mut versions = base.clone();
     versions.dead = version;
     let key = change::key_of(rel, row);
@@ -302,7 +294,7 @@ fn capture_insert(
     let mut base = Versions::default();
     if let Some(found) = tombstone::find(rel.relid, &key) {
         base = found.versions;
-        base.trim(&stable()?);
+        base.trim(&shmem::database().stable_points());
         if found.hlc >= version {
             // The INSERT was stamped, then waited while a DELETE of the key went through.
             version = registry::stamp();
