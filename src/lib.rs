@@ -1,6 +1,7 @@
 //! Tandem: two databases in sync while applications write to both.
 pgrx::pg_module_magic!(name, version);
 
+mod apply;
 mod capture;
 mod clock;
 mod error;
