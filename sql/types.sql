@@ -15,7 +15,7 @@ comment on type "position" is
 
 create type cells (
     input = cells_in, output = cells_out, receive = cells_recv, send = cells_send,
-    internallength = variable, storage = extended, alignment = char
+    internallength = variable, storage = extended, alignment = int4
 );
 comment on type cells is
     'the versions of a row that are not yet stable: birth, dead, and one per cell';

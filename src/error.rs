@@ -71,6 +71,16 @@ impl From<tandem_model::wire::DecodeError> for Error {
     }
 }
 
+impl From<tandem_model::wire::EncodeError> for Error {
+    fn from(e: tandem_model::wire::EncodeError) -> Error {
+        Error::operator(
+            PgSqlErrorCode::ERRCODE_PROGRAM_LIMIT_EXCEEDED,
+            e.to_string(),
+            "A row of a synced table must be smaller than 1 GB on its way.",
+        )
+    }
+}
+
 impl From<pgrx::spi::Error> for Error {
     fn from(e: pgrx::spi::Error) -> Error {
         Error::bug(format!("query on the catalog failed: {e}"))

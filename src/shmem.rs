@@ -40,6 +40,8 @@ pub struct Database {
     pub loaded: AtomicBool,
     /// Node id; 0: `create_node` was not called.
     pub node: AtomicU32,
+    /// Node id of the peer, as it was last reached; 0: never.
+    pub peer_node: AtomicU32,
     /// No version above this is handed out before the reservation is raised.
     pub reserved: AtomicU64,
     /// Position in our stream up to which the peer has everything, durably.
@@ -252,7 +254,12 @@ impl Database {
         }
     }
 
-    /// The stable points in force. With one peer, every version that is not ours is the peer's.
+    /// The stable points in force, for rows of this database.
+    pub fn stable_points(&self) -> Stable {
+        self.stable(NodeId(self.node.load(Acquire) as u8), NodeId(self.peer_node.load(Acquire) as u8))
+    }
+
+    /// The stable points in force, of these two nodes.
     pub fn stable(&self, own: NodeId, peer: NodeId) -> Stable {
         Stable { own: (own, Hlc(self.stable_own.load(Acquire))), peer: (peer, Hlc(self.stable_peer.load(Acquire))) }
     }
@@ -325,6 +332,7 @@ impl Database {
             field.store(0, Release);
         }
         self.node.store(0, Release);
+        self.peer_node.store(0, Release);
         self.segment.store(0, Release);
         self.loaded.store(false, Release);
     }

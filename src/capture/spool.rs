@@ -64,6 +64,12 @@ impl Spool {
         }
     }
 
+    /// Closes and removes the file. An abort does that by itself.
+    pub fn close(self) {
+        // SAFETY: open since create(), and not used afterwards.
+        unsafe { pg_sys::BufFileClose(self.file) };
+    }
+
     fn seek(&mut self, place: u64) {
         let (segment, offset) = ((place / SEGMENT) as i32, (place % SEGMENT) as i64);
         const SEEK_SET: i32 = 0;

@@ -10,7 +10,7 @@
 //! All are ENABLE ALWAYS: only [`super::applying`] silences them.
 use super::buffer;
 use super::change::{self, Facts, Row, build, datum};
-use super::flush::key_hash;
+use super::netting;
 use crate::error::{Error, Result};
 use crate::pg::heap;
 use crate::pg::identity::ActingAs;
@@ -23,8 +23,7 @@ use std::cell::RefCell;
 use std::collections::HashMap;
 use std::rc::Rc;
 use tandem_model::change::{Item, Op};
-use tandem_model::hlc::{Hlc, NodeId};
-use tandem_model::stable::Stable;
+use tandem_model::hlc::Hlc;
 use tandem_model::versions::Versions;
 
 /// A deleted row on its way from BEFORE to AFTER DELETE: table, block and offset.
@@ -134,13 +133,6 @@ pub fn listed(rel: &SyncedRelation, row: &Row) -> Result<Versions> {
     }
 }
 
-/// The stable points in force for stamping: every foreign version is of the one peer.
-fn stable() -> Result<Stable> {
-    let database = shmem::database();
-    let own = database.node().ok_or_else(|| Error::bug("no node id"))?;
-    Ok(database.stable(own, NodeId(0)))
-}
-
 /// BEFORE INSERT OR UPDATE: a new version for what changes, the old ones for what doesn't.
 fn stamp(data: &pg_sys::TriggerData) -> Result<pg_sys::HeapTuple> {
     let insert = event_is(data, pg_sys::TRIGGER_EVENT_INSERT);
@@ -164,7 +156,7 @@ fn stamp(data: &pg_sys::TriggerData) -> Result<pg_sys::HeapTuple> {
                 (Hlc(datum(&old, rel.hlc_attnum).map_or(0, |d| d.value() as u64)), versions)
             } else {
                 let version = registry::stamp();
-                versions.trim(&stable()?);
+                versions.trim(&shmem::database().stable_points());
                 changed.into_iter().for_each(|cell| versions.set(cell, version));
                 (version, versions)
             }
@@ -248,7 +240,7 @@ fn stamped(rel: &SyncedRelation, row: &Row) -> Result<Hlc> {
     datum(row, rel.hlc_attnum).map(|d| Hlc(d.value() as u64)).ok_or_else(|| Error::bug("a synced row has no _hlc"))
 }
 
-fn capture_update(data: &pg_sys::TriggerData, rel: &SyncedRelation, old: &Row, new: &Row) -> Result<()> {
+fn capture_update(data: &pg_sys::TriggerData, rel: &Rc<SyncedRelation>, old: &Row, new: &Row) -> Result<()> {
     let version = stamped(rel, new)?;
     if version == stamped(rel, old)? {
         return Ok(());
@@ -258,7 +250,7 @@ fn capture_update(data: &pg_sys::TriggerData, rel: &SyncedRelation, old: &Row, n
         return capture_insert(data, rel, data.tg_newtuple, new, version, Some(old));
     }
     let mut before = listed(rel, old)?;
-    before.trim(&stable()?);
+    before.trim(&shmem::database().stable_points());
     let after = listed(rel, new)?;
     let cells: Vec<_> = after.cells.iter().filter(|(_, v)| *v == version).map(|(cell, _)| *cell).collect();
     let base = Versions {
@@ -267,31 +259,27 @@ fn capture_update(data: &pg_sys::TriggerData, rel: &SyncedRelation, old: &Row, n
         cells: cells.iter().map(|cell| (*cell, before.cell(*cell))).collect(),
     };
     let facts = Facts { op: Op::Update, version, life: before.birth, base, cells };
-    build(rel, facts, new, Some(old), None, |change| {
-        buffer::push(&Item::Change(change.clone()), Some(key_hash(change)));
-    });
+    build(rel, facts, new, Some(old), None, |change| buffer::push_change(rel, change));
     Ok(())
 }
 
-fn capture_delete(rel: &SyncedRelation, row: &Row, version: Hlc, moved: Option<&Row>) -> Result<()> {
+fn capture_delete(rel: &Rc<SyncedRelation>, row: &Row, version: Hlc, moved: Option<&Row>) -> Result<()> {
     let mut base = listed(rel, row)?;
-    base.trim(&stable()?);
+    base.trim(&shmem::database().stable_points());
     let mut versions = base.clone();
     versions.dead = version;
     let key = change::key_of(rel, row);
     let image = change::image_of(rel, row);
     tombstone::put(rel.relid, &key, &Tombstone { hlc: version, versions, image, descriptor: rel.descriptor });
     let facts = Facts { op: Op::Delete, version, life: base.birth, base, cells: Vec::new() };
-    build(rel, facts, row, None, moved, |change| {
-        buffer::push(&Item::Change(change.clone()), Some(key_hash(change)));
-    });
+    build(rel, facts, row, None, moved, |change| buffer::push_change(rel, change));
     Ok(())
 }
 
 /// The row is in the heap: what its key held before can no longer change under us.
 fn capture_insert(
     data: &pg_sys::TriggerData,
-    rel: &SyncedRelation,
+    rel: &Rc<SyncedRelation>,
     tuple: pg_sys::HeapTuple,
     row: &Row,
     stamped: Hlc,
@@ -301,19 +289,18 @@ fn capture_insert(
     let mut version = stamped;
     let mut base = Versions::default();
     if let Some(found) = tombstone::find(rel.relid, &key) {
-        base = found.versions;
-        base.trim(&stable()?);
+        base = found.versions.clone();
+        base.trim(&shmem::database().stable_points());
         if found.hlc >= version {
             // The INSERT was stamped, then waited while a DELETE of the key went through.
             version = registry::stamp();
             restamp(data, rel, tuple, version)?;
         }
+        netting::note_met(rel, &key, &found);
         tombstone::remove(rel.relid, &key);
     }
     let facts = Facts { op: Op::Insert, version, life: version, base, cells: rel.cell_ids() };
-    build(rel, facts, row, None, moved, |change| {
-        buffer::push(&Item::Change(change.clone()), Some(key_hash(change)));
-    });
+    build(rel, facts, row, None, moved, |change| buffer::push_change(rel, change));
     Ok(())
 }
 

@@ -1,0 +1,213 @@
+//! What an onlooker knows of a history: every committed write, who had seen what, and the checks.
+use crate::node::{CELLS, Check, Key, Node};
+use rand::rngs::SmallRng;
+use rand::{Rng, SeedableRng};
+use serde_bytes::Bytes;
+use std::collections::{BTreeMap, HashMap};
+use std::sync::OnceLock;
+use tandem_model::change::{CellChange, Change, Op};
+use tandem_model::hlc::{Hlc, NodeId, Position};
+use tandem_model::judge::{Loss, Side};
+use tandem_model::versions::CellId;
+
+/// Values below `COMMON` are written again and again; the others once.
+pub type Value = u32;
+const COMMON: Value = 3;
+
+fn bytes(value: Value) -> &'static [u8] {
+    static TABLE: OnceLock<Vec<[u8; 4]>> = OnceLock::new();
+    let table = TABLE.get_or_init(|| (0..1 << 16).map(|n: u32| n.to_be_bytes()).collect());
+    &table[value as usize]
+}
+
+/// The net effect of a committed transaction on one key.
+pub struct Write {
+    pub node: NodeId,
+    pub key: Key,
+    pub op: Op,
+    pub version: Hlc,
+    pub position: Position,
+    /// What of the peer's stream its node had applied.
+    pub knew: Position,
+    /// The life it belongs to, never forgotten.
+    pub life: Hlc,
+    pub cells: Vec<(CellId, Hlc, Value)>,
+}
+
+pub struct World {
+    pub rng: SmallRng,
+    pub wall: i64,
+    next_value: Value,
+    life_of_value: HashMap<Value, Hlc>,
+    /// True lives of the rows that deletes named, by version of the delete.
+    life_of_delete: HashMap<Hlc, Hlc>,
+    pub writes: Vec<Write>,
+    by_version: HashMap<Hlc, usize>,
+}
+
+impl World {
+    pub fn new(seed: u64) -> World {
+        World {
+            rng: SmallRng::seed_from_u64(seed),
+            wall: 1_795_448_712_345,
+            next_value: COMMON,
+            life_of_value: HashMap::new(),
+            life_of_delete: HashMap::new(),
+            writes: vec![],
+            by_version: HashMap::new(),
+        }
+    }
+    pub fn key(&self, key: Key) -> &'static [u8] {
+        &bytes(Value::from(key))[3..]
+    }
+    pub fn key_of(&self, change: &Change<'_>) -> Key {
+        change.key[0].expect("a key is not null")[0]
+    }
+    /// A new value for a cell, now and then one that others write too.
+    pub fn cell(&mut self, cell: CellId, version: Hlc, life: Hlc, old: Option<Value>) -> CellChange<'static> {
+        let mut value = if self.rng.random_bool(0.2) { self.rng.random_range(0..COMMON) } else { Value::MAX };
+        if value == Value::MAX || Some(value) == old {
+            value = self.next_value;
+            self.next_value += 1;
+            self.life_of_value.insert(value, life);
+        }
+        let old = old.map(|v| Some(Bytes::new(bytes(v)))).into_iter().collect();
+        CellChange { cell, version, new: vec![Some(Bytes::new(bytes(value)))], old }
+    }
+    pub fn deleted(&mut self, version: Hlc, life: Hlc) {
+        self.life_of_delete.insert(version, life);
+    }
+    pub fn committed(&mut self, node: NodeId, position: Position, knew: Position, change: &Change<'_>) {
+        let mut write = Write::from((change, node));
+        (write.key, write.position, write.knew) = (self.key_of(change), position, knew);
+        write.life = match change.op {
+            Op::Delete => self.life_of_delete.get(&change.version).copied().unwrap_or_default(),
+            _ => write.cells.iter().find_map(|c| self.life_of_value.get(&c.2).copied()).unwrap_or_default(),
+        };
+        for version in write.cells.iter().map(|c| c.1).chain([change.version, change.life]) {
+            if version.node() == node {
+                self.by_version.entry(version).or_insert(self.writes.len());
+            }
+        }
+        self.by_version.insert(change.version, self.writes.len());
+        self.writes.push(write);
+    }
+    fn write_of(&self, version: Hlc) -> Option<&Write> {
+        self.by_version.get(&version).map(|&i| &self.writes[i])
+    }
+
+    /// No false conflict: who wrote over a value must not have known it.
+    pub fn truly_concurrent(&self, change: &Change<'_>, losses: &[Loss]) -> Check {
+        let Some(remote) = self.write_of(change.version) else {
+            return Err("a write from nowhere".into());
+        };
+        for loss in losses {
+            let held = if loss.loser == Side::Local { loss.losing } else { loss.winning };
+            let Some(held) = self.write_of(held) else {
+                return Err(format!("an unknown version in {loss:?}"));
+            };
+            if held.node == remote.node || held.position <= remote.knew {
+                return Err(format!("false conflict: {loss:?} by {change:?}"));
+            }
+        }
+        Ok(())
+    }
+
+    /// Rows and their versions are the same on both nodes, whatever each has forgotten.
+    pub fn same_rows(&self, [a, b]: [&Node; 2]) -> Check {
+        let mut stable = a.stable;
+        stable.own.1 = stable.own.1.max(b.stable.peer.1);
+        stable.peer.1 = stable.peer.1.max(b.stable.own.1);
+        let rows = |n: &Node| -> BTreeMap<_, _> {
+            let rows = n.rows.iter().filter(|(_, r)| r.live || !r.versions.collectable(&stable));
+            rows.map(|(key, r)| {
+                let mut versions = r.versions.clone();
+                versions.trim(&stable);
+                (*key, (r.live, r.hlc, versions, r.values.clone()))
+            })
+            .collect()
+        };
+        let (a, b) = (rows(a), rows(b));
+        if a != b {
+            return Err(format!("diverged: {a:?} and {b:?}"));
+        }
+        Ok(())
+    }
+
+    /// No row has values of two lives.
+    pub fn one_life(&self, node: &Node) -> Check {
+        for row in node.rows.values().filter(|r| r.live) {
+            let lives = row.values.values().filter_map(|v| self.life_of_value.get(v));
+            if lives.clone().any(|life| *life != row.life) || row.values.len() != CELLS.len() {
+                return Err(format!("mixed lives: {row:?}"));
+            }
+        }
+        Ok(())
+    }
+
+    /// Every committed value that doesn't show was overwritten by somebody who knew it, or is on record.
+    pub fn no_silent_loss(&self, node: &Node) -> Check {
+        for (i, write) in self.writes.iter().enumerate() {
+            for &(cell, version, value) in &write.cells {
+                if !self.accounted(node, i, cell, version, value, &mut vec![]) {
+                    return Err(format!("silent loss of {value} at {version} in cell {cell} of {}", write.key));
+                }
+            }
+            let shows = node.rows.get(&write.key).is_some_and(|r| r.live && r.life == write.life);
+            if write.op == Op::Delete && shows && !self.on_record(node, write.key, version_of(write), None) {
+                return Err(format!("silent loss of a delete at {}", write.version));
+            }
+        }
+        Ok(())
+    }
+    fn accounted(&self, node: &Node, i: usize, cell: CellId, version: Hlc, value: Value, met: &mut Vec<usize>) -> bool {
+        let write = &self.writes[i];
+        let row = node.rows.get(&write.key).filter(|r| r.live);
+        if row.is_some_and(|r| r.values.get(&cell) == Some(&value)) || met.contains(&i) {
+            return !met.contains(&i);
+        }
+        met.push(i);
+        let others = || self.writes.iter().enumerate().filter(|(j, o)| *j != i && o.key == write.key);
+        let covers = |o: &Write| o.op == Op::Delete || o.cells.iter().any(|c| c.0 == cell);
+        let knowing = |o: &Write| {
+            if o.node == write.node { o.position > write.position } else { o.knew >= write.position }
+        };
+        others().any(|(_, o)| covers(o) && knowing(o))
+            || self.on_record(node, write.key, version, Some(cell))
+            // The same content from both sides is one value: it is accounted for if the other is.
+            || others().any(|(j, o)| {
+                let twin = o.cells.iter().find(|c| c.0 == cell && c.2 == value);
+                o.node != write.node && twin.is_some_and(|c| self.accounted(node, j, cell, c.1, value, met))
+            })
+    }
+    fn on_record(&self, node: &Node, key: Key, losing: Hlc, cell: Option<CellId>) -> bool {
+        node.records.values().any(|r| {
+            r.losing == losing
+                && r.key.get() == format!("{{\"id\":{key}}}")
+                && cell.is_none_or(|c| r.cells.is_empty() || r.cells.contains(&c.to_string()))
+        })
+    }
+
+    /// The history of conflicts is the same on both nodes.
+    pub fn same_records(&self, [a, b]: [&Node; 2]) -> Check {
+        let list =
+            |n: &Node| -> Vec<String> { n.records.values().map(|r| serde_json::to_string(r).expect("json")).collect() };
+        let (a, b) = (list(a), list(b));
+        if a != b {
+            return Err(format!("records differ: {a:?} and {b:?}"));
+        }
+        Ok(())
+    }
+
+    /// After the last acknowledgement nothing is listed any more.
+    pub fn collected(&self, node: &Node) -> Check {
+        match node.rows.iter().find(|(_, r)| !r.live || !r.versions.is_empty()) {
+            Some((key, row)) => Err(format!("not collected: {key}: {row:?}, {:?}", node.stable)),
+            None => Ok(()),
+        }
+    }
+}
+
+fn version_of(write: &Write) -> Hlc {
+    write.version
+}
