@@ -43,6 +43,7 @@
 pgrx::pg_module_magic!(name, version);
 
 mod api;
+mod apply;
 mod capture;
 mod clock;
 mod error;

@@ -1,12 +1,17 @@
 //! The changes of the present transaction, in this backend's memory, beyond a limit in a temporary file.
 //! Places are offsets into the whole (file and memory together), so that a savepoint is one number.
+use super::netting;
 use super::spool::Spool;
 use crate::error::Error;
 use crate::guc;
+use crate::relation::SyncedRelation;
+use crate::tombstone::Tombstone;
 use pgrx::prelude::*;
 use std::cell::RefCell;
-use std::collections::HashSet;
-use tandem_model::change::Item;
+use std::collections::{HashMap, HashSet};
+use std::rc::Rc;
+use tandem_model::change::{Change, Item};
+use tandem_model::descriptor::DescriptorId;
 use tandem_model::hlc::{Mark, Position};
 use tandem_model::wire;
 
@@ -19,6 +24,10 @@ pub struct Buffer {
     /// Hashes of the keys that were touched, and of those touched more than once: only these need netting.
     once: HashSet<u64>,
     pub again: HashSet<u64>,
+    /// Relations behind the descriptors of this transaction's changes.
+    pub relations: HashMap<DescriptorId, Rc<SyncedRelation>>,
+    /// Tombstones that inserts found, by descriptor and key: what a key that is deleted again goes back to.
+    pub met: HashMap<(DescriptorId, Vec<u8>), Tombstone>,
     savepoints: Vec<(pg_sys::SubTransactionId, u64)>,
     /// The `seen` that this commit reaches, if it applies the peer's changes.
     pub carry: Option<Mark>,
@@ -49,6 +58,16 @@ pub fn reset() {
 /// Adds an item; `key` is the hash of the key that it changes.
 pub fn push(item: &Item<'_>, key: Option<u64>) {
     with(|b| b.push(item, key));
+}
+
+/// Adds a change of a row of `rel`.
+pub fn push_change(rel: &Rc<SyncedRelation>, change: &Change<'_>) {
+    with(|b| {
+        if !b.relations.contains_key(&rel.descriptor) {
+            b.relations.insert(rel.descriptor, rel.clone());
+        }
+        b.push(&Item::Change(change.clone()), Some(netting::key_hash(change)));
+    });
 }
 
 impl Buffer {

@@ -5,6 +5,7 @@
 mod buffer;
 mod change;
 mod flush;
+mod netting;
 mod spool;
 mod trigger;
 

@@ -10,7 +10,7 @@
 //! All are ENABLE ALWAYS: only [`super::applying`] silences them.
 use super::buffer;
 use super::change::{self, Facts, Row, build, datum};
-use super::flush::key_hash;
+use super::netting;
 use crate::error::{Error, Result};
 use crate::pg::heap;
 use crate::pg::identity::ActingAs;
@@ -240,7 +240,7 @@ fn stamped(rel: &SyncedRelation, row: &Row) -> Result<Hlc> {
     datum(row, rel.hlc_attnum).map(|d| Hlc(d.value() as u64)).ok_or_else(|| Error::bug("a synced row has no _hlc"))
 }
 
-fn capture_update(data: &pg_sys::TriggerData, rel: &SyncedRelation, old: &Row, new: &Row) -> Result<()> {
+fn capture_update(data: &pg_sys::TriggerData, rel: &Rc<SyncedRelation>, old: &Row, new: &Row) -> Result<()> {
     let version = stamped(rel, new)?;
     if version == stamped(rel, old)? {
         return Ok(());
@@ -259,13 +259,11 @@ fn capture_update(data: &pg_sys::TriggerData, rel: &SyncedRelation, old: &Row, n
         cells: cells.iter().map(|cell| (*cell, before.cell(*cell))).collect(),
     };
     let facts = Facts { op: Op::Update, version, life: before.birth, base, cells };
-    build(rel, facts, new, Some(old), None, |change| {
-        buffer::push(&Item::Change(change.clone()), Some(key_hash(change)));
-    });
+    build(rel, facts, new, Some(old), None, |change| buffer::push_change(rel, change));
     Ok(())
 }
 
-fn capture_delete(rel: &SyncedRelation, row: &Row, version: Hlc, moved: Option<&Row>) -> Result<()> {
+fn capture_delete(rel: &Rc<SyncedRelation>, row: &Row, version: Hlc, moved: Option<&Row>) -> Result<()> {
     let mut base = listed(rel, row)?;
     base.trim(&shmem::database().stable_points());
     let mut versions = base.clone();
@@ -274,16 +272,14 @@ fn capture_delete(rel: &SyncedRelation, row: &Row, version: Hlc, moved: Option<&
     let image = change::image_of(rel, row);
     tombstone::put(rel.relid, &key, &Tombstone { hlc: version, versions, image, descriptor: rel.descriptor });
     let facts = Facts { op: Op::Delete, version, life: base.birth, base, cells: Vec::new() };
-    build(rel, facts, row, None, moved, |change| {
-        buffer::push(&Item::Change(change.clone()), Some(key_hash(change)));
-    });
+    build(rel, facts, row, None, moved, |change| buffer::push_change(rel, change));
     Ok(())
 }
 
 /// The row is in the heap: what its key held before can no longer change under us.
 fn capture_insert(
     data: &pg_sys::TriggerData,
-    rel: &SyncedRelation,
+    rel: &Rc<SyncedRelation>,
     tuple: pg_sys::HeapTuple,
     row: &Row,
     stamped: Hlc,
@@ -293,19 +289,18 @@ fn capture_insert(
     let mut version = stamped;
     let mut base = Versions::default();
     if let Some(found) = tombstone::find(rel.relid, &key) {
-        base = found.versions;
+        base = found.versions.clone();
         base.trim(&shmem::database().stable_points());
         if found.hlc >= version {
             // The INSERT was stamped, then waited while a DELETE of the key went through.
             version = registry::stamp();
             restamp(data, rel, tuple, version)?;
         }
+        netting::note_met(rel, &key, &found);
         tombstone::remove(rel.relid, &key);
     }
     let facts = Facts { op: Op::Insert, version, life: version, base, cells: rel.cell_ids() };
-    build(rel, facts, row, None, moved, |change| {
-        buffer::push(&Item::Change(change.clone()), Some(key_hash(change)));
-    });
+    build(rel, facts, row, None, moved, |change| buffer::push_change(rel, change));
     Ok(())
 }
 

@@ -31,9 +31,7 @@ type Key<'a> = Vec<Option<&'a Bytes>>;
 /// under two descriptors (DDL in between) stays two changes, each with the base that holds before it.
 pub fn net(mut changes: Vec<Change<'_>>) -> Vec<Change<'_>> {
     if repeats_a_key(&changes) {
-        changes.sort_by(|a, b| {
-            (a.descriptor, &a.key, a.version).cmp(&(b.descriptor, &b.key, b.version))
-        });
+        changes.sort_by(|a, b| (a.descriptor, &a.key, a.version).cmp(&(b.descriptor, &b.key, b.version)));
         let (mut folded, mut hops) = (Vec::new(), Vec::new());
         let mut rest = changes.into_iter().peekable();
         while let Some(first) = rest.next() {
@@ -55,9 +53,7 @@ pub fn net(mut changes: Vec<Change<'_>>) -> Vec<Change<'_>> {
 /// False if each key is written once, as nearly always; by hashes, so it may be true without need.
 fn repeats_a_key(changes: &[Change<'_>]) -> bool {
     let (state, mut met) = (RandomState::new(), HashSet::with_capacity(changes.len()));
-    changes
-        .iter()
-        .any(|c| !met.insert(state.hash_one((c.descriptor, &c.key))))
+    changes.iter().any(|c| !met.insert(state.hash_one((c.descriptor, &c.key))))
 }
 
 /// A key that a row moved through within the transaction: it came from one key and went to another.
@@ -124,12 +120,7 @@ impl<'a, 'h> KeyEffect<'a, 'h> {
 
     /// The life that the transaction began is over: what is left is the end of the life before, if any.
     fn unborn(&mut self, row: Change<'a>, end: Change<'a>) -> Option<Change<'a>> {
-        self.hops.push(Hop {
-            descriptor: self.descriptor,
-            through: end.key,
-            from: row.moved,
-            to: end.moved,
-        });
+        self.hops.push(Hop { descriptor: self.descriptor, through: end.key, from: row.moved, to: end.moved });
         let mut ended = self.ended.clone()?;
         ended.version = end.version;
         Some(ended)
@@ -163,17 +154,11 @@ fn relink<'a>(changes: &mut [Change<'a>], hops: &[Hop<'a>]) {
             let forward = change.op == Op::Delete;
             let hop = hops.iter().find(|hop| {
                 let near = if forward { &hop.from } else { &hop.to };
-                hop.descriptor == change.descriptor
-                    && hop.through == *other
-                    && near.as_ref() == Some(here)
+                hop.descriptor == change.descriptor && hop.through == *other && near.as_ref() == Some(here)
             });
             let Some(hop) = hop else { break };
             here = &hop.through;
-            change.moved = if forward {
-                hop.to.clone()
-            } else {
-                hop.from.clone()
-            };
+            change.moved = if forward { hop.to.clone() } else { hop.from.clone() };
         }
         if change.moved.as_ref() == Some(&change.key) {
             change.moved = None;
@@ -195,11 +180,7 @@ mod tests {
     }
     /// Listed before: born at 1, cell 2 written at 2, all else by the birth.
     fn listed() -> Versions {
-        Versions {
-            birth: v(1),
-            dead: Hlc(0),
-            cells: vec![(2, v(2))],
-        }
+        Versions { birth: v(1), dead: Hlc(0), cells: vec![(2, v(2))] }
     }
     fn change(
         op: Op,
@@ -213,40 +194,16 @@ mod tests {
             cell,
             version: v(version),
             new: value(new),
-            old: if op == Op::Update {
-                value("old")
-            } else {
-                vec![]
-            },
+            old: if op == Op::Update { value("old") } else { vec![] },
         });
         let cells = cells.collect();
-        Change {
-            descriptor: 1,
-            op,
-            key: value(key),
-            version: v(version),
-            life: v(life),
-            base,
-            cells,
-            moved: None,
-        }
+        Change { descriptor: 1, op, key: value(key), version: v(version), life: v(life), base, cells, moved: None }
     }
     fn insert(version: u64, base: Versions) -> Change<'static> {
-        change(
-            Op::Insert,
-            "k",
-            version,
-            version,
-            &[(2, "i2"), (3, "i3")],
-            base,
-        )
+        change(Op::Insert, "k", version, version, &[(2, "i2"), (3, "i3")], base)
     }
     fn update(version: u64, life: u64, cell: u16, new: &'static str, base: Hlc) -> Change<'static> {
-        let base = Versions {
-            birth: v(life),
-            dead: Hlc(0),
-            cells: vec![(cell, base)],
-        };
+        let base = Versions { birth: v(life), dead: Hlc(0), cells: vec![(cell, base)] };
         change(Op::Update, "k", version, life, &[(cell, new)], base)
     }
     fn delete(version: u64, life: u64, base: Versions) -> Change<'static> {
@@ -258,53 +215,27 @@ mod tests {
         all.remove(0)
     }
     fn cells(change: &Change<'static>) -> Vec<(u16, Hlc, &'static str)> {
-        let text =
-            |c: &CellChange<'static>| std::str::from_utf8(c.new[0].expect("set")).expect("text");
-        change
-            .cells
-            .iter()
-            .map(|c| (c.cell, c.version, text(c)))
-            .collect()
+        let text = |c: &CellChange<'static>| std::str::from_utf8(c.new[0].expect("set")).expect("text");
+        change.cells.iter().map(|c| (c.cell, c.version, text(c))).collect()
     }
 
     #[test]
     fn updates_keep_the_first_base_and_the_last_value() {
         // Out of order, as triggers may fire.
         let second = update(6, 1, 2, "b", v(5));
-        let net = one(vec![
-            second,
-            update(5, 1, 2, "a", v(2)),
-            update(7, 1, 3, "c", v(1)),
-        ]);
+        let net = one(vec![second, update(5, 1, 2, "a", v(2)), update(7, 1, 3, "c", v(1))]);
         assert_eq!(cells(&net), [(2, v(6), "b"), (3, v(7), "c")]);
         assert_eq!((net.op, net.version, net.life), (Op::Update, v(7), v(1)));
-        assert_eq!(
-            net.base,
-            Versions {
-                birth: v(1),
-                dead: Hlc(0),
-                cells: vec![(2, v(2)), (3, v(1))]
-            }
-        );
+        assert_eq!(net.base, Versions { birth: v(1), dead: Hlc(0), cells: vec![(2, v(2)), (3, v(1))] });
         assert_eq!(net.cells[0].old, value("old"));
     }
 
     #[test]
     fn an_insert_takes_in_its_updates() {
-        let tombstone = Versions {
-            birth: v(1),
-            dead: v(2),
-            cells: vec![],
-        };
-        let net = one(vec![
-            insert(5, tombstone.clone()),
-            update(6, 5, 3, "c", v(5)),
-        ]);
+        let tombstone = Versions { birth: v(1), dead: v(2), cells: vec![] };
+        let net = one(vec![insert(5, tombstone.clone()), update(6, 5, 3, "c", v(5))]);
         assert_eq!(cells(&net), [(2, v(5), "i2"), (3, v(6), "c")]);
-        assert_eq!(
-            (net.op, net.version, net.life, net.base),
-            (Op::Insert, v(6), v(5), tombstone)
-        );
+        assert_eq!((net.op, net.version, net.life, net.base), (Op::Insert, v(6), v(5), tombstone));
         assert!(net.cells.iter().all(|c| c.old.is_empty()));
     }
 
@@ -313,83 +244,38 @@ mod tests {
         let mut seen = listed();
         seen.set(2, v(5));
         let net = one(vec![update(5, 1, 2, "a", v(2)), delete(6, 1, seen)]);
-        assert_eq!(
-            (net.op, net.version, net.life, net.base),
-            (Op::Delete, v(6), v(1), listed())
-        );
+        assert_eq!((net.op, net.version, net.life, net.base), (Op::Delete, v(6), v(1), listed()));
     }
 
     #[test]
     fn delete_and_insert_is_a_replace() {
         let mut seen = listed();
         seen.set(3, v(5));
-        let between = Versions {
-            birth: v(1),
-            dead: v(6),
-            cells: vec![(2, v(2))],
-        };
-        let net = one(vec![
-            update(5, 1, 3, "a", v(1)),
-            delete(6, 1, seen),
-            insert(7, between),
-            update(8, 7, 2, "b", v(7)),
-        ]);
+        let between = Versions { birth: v(1), dead: v(6), cells: vec![(2, v(2))] };
+        let net =
+            one(vec![update(5, 1, 3, "a", v(1)), delete(6, 1, seen), insert(7, between), update(8, 7, 2, "b", v(7))]);
         assert_eq!((net.op, net.version, net.life), (Op::Insert, v(8), v(7)));
-        assert_eq!(
-            (2..5).map(|c| net.base.cell(c)).collect::<Vec<_>>(),
-            [v(2), v(1), v(1)]
-        );
+        assert_eq!((2..5).map(|c| net.base.cell(c)).collect::<Vec<_>>(), [v(2), v(1), v(1)]);
         assert_eq!((net.base.birth, net.base.dead), (v(1), Hlc(0)));
     }
 
     #[test]
     fn what_began_and_ended_within_never_was() {
         assert_eq!(
-            net(vec![
-                insert(5, Versions::default()),
-                delete(
-                    6,
-                    5,
-                    Versions {
-                        birth: v(5),
-                        ..Versions::default()
-                    }
-                )
-            ]),
+            net(vec![insert(5, Versions::default()), delete(6, 5, Versions { birth: v(5), ..Versions::default() })]),
             []
         );
         // Over a living row the delete of that row is left, at the last delete's version.
-        let born = Versions {
-            birth: v(7),
-            ..Versions::default()
-        };
-        let net = one(vec![
-            delete(6, 1, listed()),
-            insert(7, listed()),
-            delete(8, 7, born),
-        ]);
-        assert_eq!(
-            (net.op, net.version, net.life, net.base),
-            (Op::Delete, v(8), v(1), listed())
-        );
+        let born = Versions { birth: v(7), ..Versions::default() };
+        let net = one(vec![delete(6, 1, listed()), insert(7, listed()), delete(8, 7, born)]);
+        assert_eq!((net.op, net.version, net.life, net.base), (Op::Delete, v(8), v(1), listed()));
     }
 
     #[test]
     fn an_insert_after_all_that_lists_what_was_before() {
-        let tombstone = Versions {
-            birth: v(1),
-            dead: v(2),
-            cells: vec![],
-        };
-        let born = Versions {
-            birth: v(5),
-            ..Versions::default()
-        };
-        let net = one(vec![
-            insert(5, tombstone.clone()),
-            delete(6, 5, born.clone()),
-            insert(7, born),
-        ]);
+        let tombstone = Versions { birth: v(1), dead: v(2), cells: vec![] };
+        let born = Versions { birth: v(5), ..Versions::default() };
+        let net = one(vec![insert(5, tombstone.clone()), delete(6, 5, born.clone()), insert(7, born)]);
         assert_eq!((net.op, net.life, net.base), (Op::Insert, v(7), tombstone));
     }
 
@@ -397,50 +283,24 @@ mod tests {
     fn moves_are_linked_end_to_end() {
         let step = |from: &'static str, to: &'static str, at: u64, life: u64| {
             let mut away = change(Op::Delete, from, at, life, &[], listed());
-            let mut here = change(
-                Op::Insert,
-                to,
-                at + 1,
-                at + 1,
-                &[(2, "x")],
-                Versions::default(),
-            );
+            let mut here = change(Op::Insert, to, at + 1, at + 1, &[(2, "x")], Versions::default());
             (away.moved, here.moved) = (Some(value(to)), Some(value(from)));
             [away, here]
         };
         let links = |changes: Vec<Change<'static>>| -> Vec<_> {
-            net(changes)
-                .into_iter()
-                .map(|c| (c.op, c.key, c.moved))
-                .collect()
+            net(changes).into_iter().map(|c| (c.op, c.key, c.moved)).collect()
         };
-        let far = [
-            step("a", "b", 10, 1),
-            step("b", "c", 12, 11),
-            step("c", "d", 14, 13),
-        ]
-        .concat();
+        let far = [step("a", "b", 10, 1), step("b", "c", 12, 11), step("c", "d", 14, 13)].concat();
         assert_eq!(
             links(far.clone()),
-            [
-                (Op::Delete, value("a"), Some(value("d"))),
-                (Op::Insert, value("d"), Some(value("a")))
-            ]
+            [(Op::Delete, value("a"), Some(value("d"))), (Op::Insert, value("d"), Some(value("a")))]
         );
         let back = [step("a", "b", 10, 1), step("b", "a", 12, 11)].concat();
         assert_eq!(links(back), [(Op::Insert, value("a"), None)]);
         let gone = [far, vec![change(Op::Delete, "d", 20, 15, &[], listed())]].concat();
         assert_eq!(links(gone), [(Op::Delete, value("a"), None)]);
-        let shifted = [
-            step("c", "d", 10, 1),
-            step("b", "c", 12, 2),
-            step("a", "b", 14, 3),
-        ]
-        .concat();
-        assert_eq!(
-            links(shifted)[0],
-            (Op::Insert, value("d"), Some(value("c")))
-        );
+        let shifted = [step("c", "d", 10, 1), step("b", "c", 12, 2), step("a", "b", 14, 3)].concat();
+        assert_eq!(links(shifted)[0], (Op::Insert, value("d"), Some(value("c"))));
     }
 
     #[test]

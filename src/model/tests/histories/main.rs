@@ -36,9 +36,7 @@ fn run(seed: u64, rule: Rule) -> Check<usize> {
     nodes.iter_mut().for_each(|n| n.heartbeat(&w));
     for _ in 0..3 {
         exchange(&mut w, &mut nodes)?;
-        nodes
-            .iter_mut()
-            .for_each(|n| (0..KEYS).for_each(|key| n.tidy(key)));
+        nodes.iter_mut().for_each(|n| (0..KEYS).for_each(|key| n.tidy(key)));
     }
     let [a, b] = &nodes;
     w.same_rows([a, b])?;
@@ -51,11 +49,7 @@ fn step(w: &mut World, nodes: &mut [Node; 2]) -> Check {
     w.wall += w.rng.random_range(0..2);
     let at = w.rng.random_range(0..2);
     let (low, high) = nodes.split_at_mut(1);
-    let (a, b) = if at == 0 {
-        (&mut low[0], &mut high[0])
-    } else {
-        (&mut high[0], &mut low[0])
-    };
+    let (a, b) = if at == 0 { (&mut low[0], &mut high[0]) } else { (&mut high[0], &mut low[0]) };
     let tx = (!a.open.is_empty()).then(|| w.rng.random_range(0..a.open.len()));
     match (w.rng.random_range(0..100), tx) {
         (0..40, tx) => {
@@ -107,17 +101,12 @@ fn exchange(w: &mut World, nodes: &mut [Node; 2]) -> Check {
 }
 
 fn budget() -> u64 {
-    std::env::var("TANDEM_MODEL_HISTORIES")
-        .ok()
-        .and_then(|n| n.parse().ok())
-        .unwrap_or(20_000)
+    std::env::var("TANDEM_MODEL_HISTORIES").ok().and_then(|n| n.parse().ok()).unwrap_or(20_000)
 }
 
 #[test]
 fn the_rules_hold_in_every_history() {
-    let seed = std::env::var("TANDEM_MODEL_SEED")
-        .ok()
-        .and_then(|n| n.parse().ok());
+    let seed = std::env::var("TANDEM_MODEL_SEED").ok().and_then(|n| n.parse().ok());
     let seeds = seed.map_or(0..budget(), |seed: u64| seed..seed + 1);
     let (count, mut records) = (seeds.end - seeds.start, 0);
     for seed in seeds {
@@ -127,20 +116,14 @@ fn the_rules_hold_in_every_history() {
         }
     }
     println!("{count} histories, {records} records");
-    assert!(
-        count < 100 || records > count as usize / 4,
-        "the histories have hardly a conflict"
-    );
+    assert!(count < 100 || records > count as usize / 4, "the histories have hardly a conflict");
 }
 
 /// A broken rule fails in some history; the kinds of failure are printed.
 fn must_fail(rule: Rule) {
     for seed in 0..budget() {
         if let Err(why) = run(seed, rule) {
-            println!(
-                "{rule:?}: seed {seed}: {}",
-                why.chars().take(300).collect::<String>()
-            );
+            println!("{rule:?}: seed {seed}: {}", why.chars().take(300).collect::<String>());
             return;
         }
     }

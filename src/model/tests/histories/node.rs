@@ -109,10 +109,7 @@ impl Node {
             reply: None,
             inbox: Default::default(),
             applied: Mark::default(),
-            stable: Stable {
-                own: (NodeId(id), Hlc(0)),
-                peer: (NodeId(peer), Hlc(0)),
-            },
+            stable: Stable { own: (NodeId(id), Hlc(0)), peer: (NodeId(peer), Hlc(0)) },
             records: BTreeMap::new(),
         }
     }
@@ -149,14 +146,8 @@ impl Node {
         }
         let version = self.tick(w);
         self.open[tx].first.get_or_insert(version);
-        self.open[tx]
-            .before
-            .entry(key)
-            .or_insert_with(|| held.clone());
-        self.open[tx]
-            .knew
-            .entry(key)
-            .or_insert(self.applied.position);
+        self.open[tx].before.entry(key).or_insert_with(|| held.clone());
+        self.open[tx].knew.entry(key).or_insert(self.applied.position);
         let mut row = held.unwrap_or_else(|| Stored {
             live: false,
             hlc: Hlc(0),
@@ -179,36 +170,23 @@ impl Node {
         };
         match op {
             Op::Insert => {
-                assert!(
-                    version > row.versions.birth && version > row.versions.dead,
-                    "inflationary"
-                );
+                assert!(version > row.versions.birth && version > row.versions.dead, "inflationary");
                 change.life = version;
                 row.life = version;
-                row.versions = Versions {
-                    birth: version,
-                    ..Versions::default()
-                };
-                change.cells = CELLS
-                    .iter()
-                    .map(|&c| w.cell(c, version, row.life, None))
-                    .collect();
+                row.versions = Versions { birth: version, ..Versions::default() };
+                change.cells = CELLS.iter().map(|&c| w.cell(c, version, row.life, None)).collect();
             }
             Op::Update => {
                 let count = w.rng.random_range(1..=CELLS.len());
                 let first = w.rng.random_range(0..CELLS.len());
-                let mut cells: Vec<_> = (first..first + count)
-                    .map(|i| CELLS[i % CELLS.len()])
-                    .collect();
+                let mut cells: Vec<_> = (first..first + count).map(|i| CELLS[i % CELLS.len()]).collect();
                 cells.sort();
                 change.base.cells = cells.iter().map(|&c| (c, row.versions.cell(c))).collect();
                 for &c in &cells {
                     row.versions.set(c, version);
                 }
-                change.cells = cells
-                    .iter()
-                    .map(|&c| w.cell(c, version, row.life, row.values.get(&c).copied()))
-                    .collect();
+                change.cells =
+                    cells.iter().map(|&c| w.cell(c, version, row.life, row.values.get(&c).copied())).collect();
             }
             Op::Delete => {
                 row.versions.dead = version;
@@ -225,11 +203,7 @@ impl Node {
     }
 
     pub fn savepoint(&mut self, tx: usize) {
-        let rows = self.open[tx]
-            .before
-            .keys()
-            .map(|k| (*k, self.rows.get(k).cloned()))
-            .collect();
+        let rows = self.open[tx].before.keys().map(|k| (*k, self.rows.get(k).cloned())).collect();
         let tx = &mut self.open[tx];
         if matches!(tx.phase, Phase::Open) {
             tx.savepoint = Some((tx.changes.len(), rows));
@@ -242,11 +216,8 @@ impl Node {
                 return;
             }
             tx.changes.truncate(length);
-            let restored: Vec<_> = tx
-                .before
-                .iter()
-                .map(|(k, before)| (*k, rows.get(k).unwrap_or(before).clone()))
-                .collect();
+            let restored: Vec<_> =
+                tx.before.iter().map(|(k, before)| (*k, rows.get(k).unwrap_or(before).clone())).collect();
             restored.into_iter().for_each(|(k, row)| self.put(k, row));
         }
     }
@@ -268,28 +239,14 @@ impl Node {
         let (clock, seen) = (self.clock.read(), self.applied);
         self.open[tx].phase = match self.open[tx].phase {
             Phase::Open => Phase::Read { clock, seen },
-            Phase::Read { clock, seen } => Phase::Scanned {
-                low: self.low(clock, Some(tx)),
-                seen,
-            },
+            Phase::Read { clock, seen } => Phase::Scanned { low: self.low(clock, Some(tx)), seen },
             Phase::Scanned { low, seen } => {
-                let low = if self.rule == Rule::LateClock {
-                    self.scanned_before(low, clock)
-                } else {
-                    low
-                };
+                let low = if self.rule == Rule::LateClock { self.scanned_before(low, clock) } else { low };
                 let position = self.clock.tick_position(w.wall + self.skew, self.id);
-                Phase::Positioned {
-                    mark: Mark { position, low },
-                    seen,
-                }
+                Phase::Positioned { mark: Mark { position, low }, seen }
             }
             Phase::Positioned { mark, seen } => {
-                let seen = if self.rule == Rule::LateSeenCommit {
-                    self.applied
-                } else {
-                    seen
-                };
+                let seen = if self.rule == Rule::LateSeenCommit { self.applied } else { seen };
                 self.finish_commit(w, tx, mark, seen);
                 return true;
             }
@@ -301,18 +258,10 @@ impl Node {
         if self.rule == Rule::NoScan {
             return Hlc(clock);
         }
-        let others = self
-            .open
-            .iter()
-            .enumerate()
-            .filter(|(i, _)| Some(*i) != except);
+        let others = self.open.iter().enumerate().filter(|(i, _)| Some(*i) != except);
         let firsts = others.filter_map(|(_, t)| t.first).map(|first| first.0 - 1);
         // The broken order: what the scan found counts, the clock's reading comes later.
-        let clock = if self.rule == Rule::LateClock {
-            u64::MAX
-        } else {
-            clock
-        };
+        let clock = if self.rule == Rule::LateClock { u64::MAX } else { clock };
         Hlc(firsts.min().unwrap_or(u64::MAX).min(clock))
     }
     fn scanned_before(&self, low: Hlc, clock: u64) -> Hlc {
@@ -329,11 +278,7 @@ impl Node {
             let dead = after.versions.dead;
             match before {
                 Some(before) if before.live && self.rule != Rule::LeakyTombstone => {
-                    let mut row = Stored {
-                        live: false,
-                        hlc: dead,
-                        ..before
-                    };
+                    let mut row = Stored { live: false, hlc: dead, ..before };
                     row.versions.dead = dead;
                     self.rows.insert(key, row);
                 }
@@ -353,24 +298,13 @@ impl Node {
             push_item(&mut body, item).expect("small");
         }
         let stable = self.stable.own.1;
-        let frame = Frame::Transaction {
-            mark,
-            seen,
-            stable,
-            chunks: 0,
-            items: Bytes::new(&body),
-        }
-        .encode();
+        let frame = Frame::Transaction { mark, seen, stable, chunks: 0, items: Bytes::new(&body) }.encode();
         self.log.insert(mark.position, Entry { mark, frame });
     }
     /// A transaction of the apply worker: records, or nothing (a heartbeat).
     pub fn worker_commit(&mut self, w: &World, seen: Mark, items: &[Item<'_>]) {
         let low = self.low(self.clock.read(), None);
-        let low = if self.rule == Rule::LateClock {
-            self.scanned_before(low, self.clock.read())
-        } else {
-            low
-        };
+        let low = if self.rule == Rule::LateClock { self.scanned_before(low, self.clock.read()) } else { low };
         let position = self.clock.tick_position(w.wall + self.skew, self.id);
         self.append(Mark { position, low }, seen, items);
     }
@@ -393,31 +327,12 @@ impl Node {
         let Some((horizon, seen)) = self.reply.take() else {
             return vec![];
         };
-        let seen = if self.rule == Rule::LateSeenWatermark {
-            self.applied
-        } else {
-            seen
-        };
-        let upto = self
-            .log
-            .range(..=Position(horizon))
-            .next_back()
-            .map(|e| e.1.mark)
-            .unwrap_or_default();
-        let new = self
-            .log
-            .range(Position(self.sent.0 + 1)..)
-            .take_while(|e| e.0.0 <= horizon);
+        let seen = if self.rule == Rule::LateSeenWatermark { self.applied } else { seen };
+        let upto = self.log.range(..=Position(horizon)).next_back().map(|e| e.1.mark).unwrap_or_default();
+        let new = self.log.range(Position(self.sent.0 + 1)..).take_while(|e| e.0.0 <= horizon);
         let mut frames: Vec<_> = new.map(|e| e.1.frame.clone()).collect();
         self.sent = self.sent.max(upto.position);
-        frames.push(
-            Frame::Watermark {
-                mark: upto,
-                seen,
-                stable: self.stable.own.1,
-            }
-            .encode(),
-        );
+        frames.push(Frame::Watermark { mark: upto, seen, stable: self.stable.own.1 }.encode());
         frames
     }
 
@@ -437,19 +352,9 @@ impl Node {
         };
         match Frame::decode(&bytes).map_err(|e| e.to_string())? {
             Frame::Watermark { seen, stable, .. } => self.acknowledge(seen, stable),
-            Frame::Transaction {
-                mark,
-                seen,
-                stable,
-                items: body,
-                ..
-            } => {
-                let body: Vec<_> = items(body)
-                    .collect::<Result<_, _>>()
-                    .map_err(|e| e.to_string())?;
-                let blocked = body
-                    .iter()
-                    .any(|i| matches!(i, Item::Change(c) if self.locked(w.key_of(c))));
+            Frame::Transaction { mark, seen, stable, items: body, .. } => {
+                let body: Vec<_> = items(body).collect::<Result<_, _>>().map_err(|e| e.to_string())?;
+                let blocked = body.iter().any(|i| matches!(i, Item::Change(c) if self.locked(w.key_of(c))));
                 if blocked {
                     self.inbox.push_front(bytes);
                     return Ok(false);
@@ -472,10 +377,7 @@ impl Node {
                     }
                 }
                 if !found.is_empty() {
-                    let json: Vec<_> = found
-                        .iter()
-                        .map(|r| serde_json::to_vec(r).expect("json"))
-                        .collect();
+                    let json: Vec<_> = found.iter().map(|r| serde_json::to_vec(r).expect("json")).collect();
                     let items: Vec<_> = json.iter().map(|j| Item::Record(Bytes::new(j))).collect();
                     self.worker_commit(w, mark, &items);
                     found.into_iter().for_each(|r| self.record(r));
@@ -494,12 +396,8 @@ impl Node {
 
     fn apply(&mut self, w: &mut World, change: &Change<'_>, found: &mut Vec<Record>) -> Check {
         let key = w.key_of(change);
-        change
-            .check(self.stable.peer.0)
-            .map_err(|e| e.to_string())?;
-        if self.stable.covers(change.version)
-            || change.cells.iter().any(|c| self.stable.covers(c.version))
-        {
+        change.check(self.stable.peer.0).map_err(|e| e.to_string())?;
+        if self.stable.covers(change.version) || change.cells.iter().any(|c| self.stable.covers(c.version)) {
             return Err("a stable point above something that was still to come".into());
         }
         self.clock.observe(w.wall, change.version.0);
@@ -551,12 +449,7 @@ impl Node {
         self.rows.insert(key, row);
         if self.rule == Rule::Sound {
             let again = self.judge(key, &change);
-            let known = |l: &Loss| {
-                verdict
-                    .losses
-                    .iter()
-                    .any(|k| (k.losing, k.conflict) == (l.losing, l.conflict))
-            };
+            let known = |l: &Loss| verdict.losses.iter().any(|k| (k.losing, k.conflict) == (l.losing, l.conflict));
             if again.effect != Effect::Keep || !again.losses.iter().all(known) {
                 return Err(format!(
                     "not idempotent: {change:?}: {verdict_text:?}, then {again:?}",
@@ -623,14 +516,7 @@ fn record(key: &[u8], loss: &Loss) -> Record {
         result: None,
         policy: "last_update_wins".into(),
         detected_at: 0,
-        decision: Decision {
-            version: Hlc(0),
-            status: Status::Auto,
-            by: None,
-            at: None,
-            resolution: None,
-            note: None,
-        },
+        decision: Decision { version: Hlc(0), status: Status::Auto, by: None, at: None, resolution: None, note: None },
     }
 }
 
@@ -641,11 +527,7 @@ impl From<(&Change<'_>, NodeId)> for Write {
             node,
             version: change.version,
             op: change.op,
-            cells: change
-                .cells
-                .iter()
-                .map(|c| (c.cell, c.version, world_value(c)))
-                .collect(),
+            cells: change.cells.iter().map(|c| (c.cell, c.version, world_value(c))).collect(),
             key: 0,
             position: Position(0),
             knew: Position(0),

@@ -64,64 +64,27 @@ impl World {
         change.key[0].expect("a key is not null")[0]
     }
     /// A new value for a cell, now and then one that others write too.
-    pub fn cell(
-        &mut self,
-        cell: CellId,
-        version: Hlc,
-        life: Hlc,
-        old: Option<Value>,
-    ) -> CellChange<'static> {
-        let mut value = if self.rng.random_bool(0.2) {
-            self.rng.random_range(0..COMMON)
-        } else {
-            Value::MAX
-        };
+    pub fn cell(&mut self, cell: CellId, version: Hlc, life: Hlc, old: Option<Value>) -> CellChange<'static> {
+        let mut value = if self.rng.random_bool(0.2) { self.rng.random_range(0..COMMON) } else { Value::MAX };
         if value == Value::MAX || Some(value) == old {
             value = self.next_value;
             self.next_value += 1;
             self.life_of_value.insert(value, life);
         }
-        let old = old
-            .map(|v| Some(Bytes::new(bytes(v))))
-            .into_iter()
-            .collect();
-        CellChange {
-            cell,
-            version,
-            new: vec![Some(Bytes::new(bytes(value)))],
-            old,
-        }
+        let old = old.map(|v| Some(Bytes::new(bytes(v)))).into_iter().collect();
+        CellChange { cell, version, new: vec![Some(Bytes::new(bytes(value)))], old }
     }
     pub fn deleted(&mut self, version: Hlc, life: Hlc) {
         self.life_of_delete.insert(version, life);
     }
-    pub fn committed(
-        &mut self,
-        node: NodeId,
-        position: Position,
-        knew: Position,
-        change: &Change<'_>,
-    ) {
+    pub fn committed(&mut self, node: NodeId, position: Position, knew: Position, change: &Change<'_>) {
         let mut write = Write::from((change, node));
         (write.key, write.position, write.knew) = (self.key_of(change), position, knew);
         write.life = match change.op {
-            Op::Delete => self
-                .life_of_delete
-                .get(&change.version)
-                .copied()
-                .unwrap_or_default(),
-            _ => write
-                .cells
-                .iter()
-                .find_map(|c| self.life_of_value.get(&c.2).copied())
-                .unwrap_or_default(),
+            Op::Delete => self.life_of_delete.get(&change.version).copied().unwrap_or_default(),
+            _ => write.cells.iter().find_map(|c| self.life_of_value.get(&c.2).copied()).unwrap_or_default(),
         };
-        for version in write
-            .cells
-            .iter()
-            .map(|c| c.1)
-            .chain([change.version, change.life])
-        {
+        for version in write.cells.iter().map(|c| c.1).chain([change.version, change.life]) {
             if version.node() == node {
                 self.by_version.entry(version).or_insert(self.writes.len());
             }
@@ -139,11 +102,7 @@ impl World {
             return Err("a write from nowhere".into());
         };
         for loss in losses {
-            let held = if loss.loser == Side::Local {
-                loss.losing
-            } else {
-                loss.winning
-            };
+            let held = if loss.loser == Side::Local { loss.losing } else { loss.winning };
             let Some(held) = self.write_of(held) else {
                 return Err(format!("an unknown version in {loss:?}"));
             };
@@ -160,10 +119,7 @@ impl World {
         stable.own.1 = stable.own.1.max(b.stable.peer.1);
         stable.peer.1 = stable.peer.1.max(b.stable.own.1);
         let rows = |n: &Node| -> BTreeMap<_, _> {
-            let rows = n
-                .rows
-                .iter()
-                .filter(|(_, r)| r.live || !r.versions.collectable(&stable));
+            let rows = n.rows.iter().filter(|(_, r)| r.live || !r.versions.collectable(&stable));
             rows.map(|(key, r)| {
                 let mut versions = r.versions.clone();
                 versions.trim(&stable);
@@ -181,10 +137,7 @@ impl World {
     /// No row has values of two lives.
     pub fn one_life(&self, node: &Node) -> Check {
         for row in node.rows.values().filter(|r| r.live) {
-            let lives = row
-                .values
-                .values()
-                .filter_map(|v| self.life_of_value.get(v));
+            let lives = row.values.values().filter_map(|v| self.life_of_value.get(v));
             if lives.clone().any(|life| *life != row.life) || row.values.len() != CELLS.len() {
                 return Err(format!("mixed lives: {row:?}"));
             }
@@ -197,53 +150,27 @@ impl World {
         for (i, write) in self.writes.iter().enumerate() {
             for &(cell, version, value) in &write.cells {
                 if !self.accounted(node, i, cell, version, value, &mut vec![]) {
-                    return Err(format!(
-                        "silent loss of {value} at {version} in cell {cell} of {}",
-                        write.key
-                    ));
+                    return Err(format!("silent loss of {value} at {version} in cell {cell} of {}", write.key));
                 }
             }
-            let shows = node
-                .rows
-                .get(&write.key)
-                .is_some_and(|r| r.live && r.life == write.life);
-            if write.op == Op::Delete
-                && shows
-                && !self.on_record(node, write.key, version_of(write), None)
-            {
+            let shows = node.rows.get(&write.key).is_some_and(|r| r.live && r.life == write.life);
+            if write.op == Op::Delete && shows && !self.on_record(node, write.key, version_of(write), None) {
                 return Err(format!("silent loss of a delete at {}", write.version));
             }
         }
         Ok(())
     }
-    fn accounted(
-        &self,
-        node: &Node,
-        i: usize,
-        cell: CellId,
-        version: Hlc,
-        value: Value,
-        met: &mut Vec<usize>,
-    ) -> bool {
+    fn accounted(&self, node: &Node, i: usize, cell: CellId, version: Hlc, value: Value, met: &mut Vec<usize>) -> bool {
         let write = &self.writes[i];
         let row = node.rows.get(&write.key).filter(|r| r.live);
         if row.is_some_and(|r| r.values.get(&cell) == Some(&value)) || met.contains(&i) {
             return !met.contains(&i);
         }
         met.push(i);
-        let others = || {
-            self.writes
-                .iter()
-                .enumerate()
-                .filter(|(j, o)| *j != i && o.key == write.key)
-        };
+        let others = || self.writes.iter().enumerate().filter(|(j, o)| *j != i && o.key == write.key);
         let covers = |o: &Write| o.op == Op::Delete || o.cells.iter().any(|c| c.0 == cell);
         let knowing = |o: &Write| {
-            if o.node == write.node {
-                o.position > write.position
-            } else {
-                o.knew >= write.position
-            }
+            if o.node == write.node { o.position > write.position } else { o.knew >= write.position }
         };
         others().any(|(_, o)| covers(o) && knowing(o))
             || self.on_record(node, write.key, version, Some(cell))
@@ -263,12 +190,8 @@ impl World {
 
     /// The history of conflicts is the same on both nodes.
     pub fn same_records(&self, [a, b]: [&Node; 2]) -> Check {
-        let list = |n: &Node| -> Vec<String> {
-            n.records
-                .values()
-                .map(|r| serde_json::to_string(r).expect("json"))
-                .collect()
-        };
+        let list =
+            |n: &Node| -> Vec<String> { n.records.values().map(|r| serde_json::to_string(r).expect("json")).collect() };
         let (a, b) = (list(a), list(b));
         if a != b {
             return Err(format!("records differ: {a:?} and {b:?}"));
@@ -278,11 +201,7 @@ impl World {
 
     /// After the last acknowledgement nothing is listed any more.
     pub fn collected(&self, node: &Node) -> Check {
-        match node
-            .rows
-            .iter()
-            .find(|(_, r)| !r.live || !r.versions.is_empty())
-        {
+        match node.rows.iter().find(|(_, r)| !r.live || !r.versions.is_empty()) {
             Some((key, row)) => Err(format!("not collected: {key}: {row:?}, {:?}", node.stable)),
             None => Ok(()),
         }
