@@ -21,21 +21,21 @@ select p.name as peer,
 from tandem.peer p left join tandem.peer_status() s on s.peer = p.name;
 
 create view tables as
-select s.relid as relation, t.state, t.reason, s.granularity, s.cells,
+select c.oid::regclass as relation, t.schema_name, t.table_name, t.state, t.reason, s.granularity, s.cells,
        'last_update_wins'::text as policy,
        s.initial_rows,
        (select count(*) from tandem.held h
-        where h.schema_name = n.nspname and h.table_name = c.relname) as held,
+        where h.schema_name = t.schema_name and h.table_name = t.table_name) as held,
        (select count(*) from tandem.tombstone d where d.relid = s.relid) as tombstones,
        (select count(*) from tandem.conflict f
-        where f.schema_name = n.nspname and f.table_name = c.relname) as conflicts,
+        where f.schema_name = t.schema_name and f.table_name = t.table_name) as conflicts,
        (select count(*) from tandem.conflict f
-        where f.schema_name = n.nspname and f.table_name = c.relname and f.status = 'open') as open_conflicts,
+        where f.schema_name = t.schema_name and f.table_name = t.table_name and f.status = 'open') as open_conflicts,
        s.added_at
-from tandem.synced_table s
-join pg_catalog.pg_class c on c.oid = s.relid
-join pg_catalog.pg_namespace n on n.oid = c.relnamespace
-join tandem.table_states() t on t.relid = s.relid;
+from tandem.table_states() t
+left join pg_catalog.pg_namespace n on n.nspname = t.schema_name
+left join pg_catalog.pg_class c on c.relnamespace = n.oid and c.relname = t.table_name
+left join tandem.synced_table s on s.relid = c.oid;
 
 -- A security barrier: a table's owner sees that table's conflicts, readers and administrators see all.
 create view conflicts with (security_barrier) as
@@ -103,13 +103,15 @@ language sql volatile set search_path = pg_catalog, pg_temp as $$
     select 'peer', 'warning', 'there is no peer yet', 'SELECT tandem.add_peer(''osaka'', ''host=db2 dbname=bank'');'
     where not exists (select from tandem.peer)
     union all
-    select 'table ' || relation, 'warning', state || coalesce(': ' || reason, ''),
+    select format('table %I.%I', schema_name, table_name), 'warning', state || coalesce(': ' || reason, ''),
            case state
-               when 'missing_on_peer' then format('On the peer: SELECT tandem.add_table(%L);', relation::text)
-               when 'schema_differs' then 'Bring columns, types, key and cells of both sides together; it goes on by itself.'
-               when 'join_required' then format('Empty one side: there, SELECT tandem.remove_table(%L); TRUNCATE, and add it again on both.', relation::text)
+               when 'missing_on_peer' then format('On the peer: SELECT tandem.add_table(%L);', format('%I.%I', schema_name, table_name))
+               when 'missing_here' then format('SELECT tandem.add_table(%L);', format('%I.%I', schema_name, table_name))
+               when 'schema_differs' then 'Bring columns, types and key of both sides together; it goes on by itself.'
+               when 'policy_differs' then 'Remove the table on one side and add it with the granularity or cells of the other.'
+               when 'join_required' then 'Remove the table on both sides, make their rows equal (or empty one), and add it again.'
            end
-    from tandem.tables where state not in ('active', 'not_paired')
+    from tandem.table_states() where state <> 'active' and exists (select from tandem.peer)
 $$;
 
 -- Reads what its caller may not: settings, the peer's state.
@@ -202,10 +204,10 @@ comment on column status.acknowledged is 'position in this node''s stream up to 
 comment on column status.last_error_class is 'retry: goes away by itself; operator: waits for a person; bug';
 comment on column status.blocked_by is 'pid of a session that holds a lock the applying waits for';
 comment on column status.held is 'changes of the peer that wait until their table can take them';
-comment on view tables is 'one row per synced table: how it is kept, and how it stands with the peer''s';
-comment on column tables.state is 'active, not_paired, missing_on_peer, schema_differs or join_required';
+comment on view tables is 'one row per table that either side keeps in sync: how it is kept, and how it stands with the peer''s';
+comment on column tables.state is 'active, missing_on_peer, missing_here, schema_differs, policy_differs or join_required';
 comment on view conflicts is 'one row per losing write, the same on both nodes; local is this node, remote the peer. '
-    'A json null for a tuple says that there was no row, a NULL that it is not known';
+    'A NULL for a tuple says that there was no row, or that it is not on record';
 comment on column conflicts.cells is 'the cells that were lost; empty: the row as a whole';
 comment on column conflicts.base_tuple is 'the row that both writes started from';
 comment on column conflicts.local_tuple is 'the row as this node had it';

@@ -1,6 +1,6 @@
 //! What a decision asks for, worked out against the record: which columns take which values, or that the
 //! row goes. Looks at no row.
-use super::stored::Stored;
+use super::stored::{Side, Stored};
 use crate::error::{Error, Result};
 use crate::relation::{Column, SyncedRelation};
 use pgrx::Json;
@@ -94,11 +94,11 @@ impl Choice {
 
 /// The values of one image: of the cells that were lost, or of the row if it was lost whole.
 fn side_of(side: &str, stored: &Stored, relation: &SyncedRelation) -> Result<Choice> {
-    let image = match side {
+    let known = match side {
         "local" => stored.local(),
         "remote" => stored.remote(),
-        "base" => stored.record.base.as_ref(),
-        "result" => stored.record.result.as_ref(),
+        "base" => stored.base(),
+        "result" => stored.result(),
         name if name == stored.own_name => stored.local(),
         name if Some(name) == stored.peer_name.as_deref() => stored.remote(),
         other => {
@@ -108,8 +108,10 @@ fn side_of(side: &str, stored: &Stored, relation: &SyncedRelation) -> Result<Cho
             ));
         }
     };
-    let Some(tuple) = content(image.ok_or_else(|| unknown(side, "row"))?, relation)? else {
-        return Ok(Choice::Nothing);
+    let tuple = match known {
+        Side::Row(image) => content(image, relation)?,
+        Side::NoRow => return Ok(Choice::Nothing),
+        Side::Unknown => return Err(unknown(side, "row")),
     };
     let lost = lost_columns(stored, relation);
     if let Some(name) = lost.iter().find(|name| !tuple.contains_key(**name)) {
@@ -136,24 +138,20 @@ fn keep_both(given: Option<&Map<String, Value>>, stored: &Stored, relation: &Syn
             "For example tandem.resolve(conflict_id, 'keep_both', with_tuple => '{\"id\": 18}').",
         ));
     };
-    let loser = stored.loser().ok_or_else(|| unknown("the losing side", "row"))?;
-    let mut tuple = content(loser, relation)?.ok_or_else(|| unknown("the losing side", "row"))?;
+    let Side::Row(loser) = stored.loser() else {
+        return Err(unknown("the losing side", "row"));
+    };
+    let mut tuple = content(loser, relation)?;
     given.iter().for_each(|(name, value)| drop(tuple.insert(name.clone(), value.clone())));
     Ok(Choice::Beside(tuple))
 }
 
-/// The columns of an image that the table still has; none if the image says that there was no row.
-pub fn content(image: &Image, relation: &SyncedRelation) -> Result<Option<Map<String, Value>>> {
-    let value: Value =
+/// The columns of an image that the table still has.
+pub fn content(image: &Image, relation: &SyncedRelation) -> Result<Map<String, Value>> {
+    let mut columns: Map<String, Value> =
         serde_json::from_str(image.tuple.get()).map_err(|e| Error::bug(format!("an image cannot be read: {e}")))?;
-    match value {
-        Value::Null => Ok(None),
-        Value::Object(mut columns) => {
-            columns.retain(|name, _| column(relation, name).is_some());
-            Ok(Some(columns))
-        }
-        _ => Err(Error::bug("an image is neither a row nor null")),
-    }
+    columns.retain(|name, _| column(relation, name).is_some());
+    Ok(columns)
 }
 
 /// Columns outside the key that were lost: those of the record's cells, all if the row was lost whole.

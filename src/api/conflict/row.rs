@@ -4,7 +4,7 @@
 //! administrator may decide about a table without having been granted it, and the owner's triggers gain
 //! nothing by that.
 use super::choice::{self, Choice};
-use super::stored::Stored;
+use super::stored::{Side, Stored};
 use crate::error::{Error, Result};
 use crate::pg::identity::ActingAs;
 use crate::pg::settings::Local;
@@ -84,9 +84,9 @@ fn changed_since(
     choice: &Choice,
     present: Option<&Present>,
 ) -> Result<Option<Error>> {
-    let left = match &stored.record.result {
-        Some(image) => choice::content(image, relation)?,
-        None => None,
+    let left = match stored.result() {
+        Side::Row(image) => Some(choice::content(image, relation)?),
+        Side::NoRow | Side::Unknown => None,
     };
     let changed = match (present, &left) {
         (None, left) => left.is_some(),

@@ -1,10 +1,9 @@
 //! One conflict as a page of text.
 use super::grid;
-use super::stored::{Stored, status_name};
+use super::stored::{Side, Stored, status_name};
 use pgrx::prelude::*;
 use serde_json::{Map, Value};
 use tandem_model::hlc::NodeId;
-use tandem_model::record::Image;
 
 /// What a terminal surely has.
 const LINE_WIDTH: usize = 100;
@@ -52,7 +51,6 @@ fn heading(stored: &Stored) -> Vec<String> {
 
 /// The rows of the table: column, base, local, remote, result.
 fn table(stored: &Stored) -> Vec<Vec<String>> {
-    let record = &stored.record;
     let remote_name = stored.peer_name.as_deref().map(|n| format!("remote ({n})"));
     let mut rows = vec![vec![
         "  column".to_string(),
@@ -61,45 +59,43 @@ fn table(stored: &Stored) -> Vec<Vec<String>> {
         remote_name.unwrap_or_else(|| "remote".to_string()),
         "result".to_string(),
     ]];
-    let images = [record.base.as_ref(), stored.local(), stored.remote(), record.result.as_ref()].map(|i| i.map(parse));
-    if images.iter().flatten().any(Option::is_none) {
-        let word = |image: &Option<Option<Map<String, Value>>>| match image {
-            None => "(unknown)",
-            Some(None) => "(no row)",
-            Some(Some(_)) => "",
+    let sides = [stored.base(), stored.local(), stored.remote(), stored.result()];
+    if sides.iter().any(|side| !matches!(side, Side::Row(_))) {
+        let word = |side: &Side<'_>| match side {
+            Side::Row(_) => "",
+            Side::NoRow => "(no row)",
+            Side::Unknown => "(unknown)",
         };
-        rows.push([String::new()].into_iter().chain(images.iter().map(|i| word(i).to_string())).collect());
+        rows.push([String::new()].into_iter().chain(sides.iter().map(|s| word(s).to_string())).collect());
     }
-    for name in names(&images) {
-        rows.push(row(stored, &name, &images));
-    }
+    let images = sides.map(parse);
+    rows.extend(names(&images).iter().map(|name| row(stored, name, &images)));
     rows
 }
 
-fn row(stored: &Stored, name: &str, images: &[Option<Option<Map<String, Value>>>; 4]) -> Vec<String> {
+fn row(stored: &Stored, name: &str, images: &[Option<Map<String, Value>>; 4]) -> Vec<String> {
     let cells = &stored.record.cells;
     let lost = cells.iter().any(|cell| cell == name || cell.split(',').any(|part| part == name) || cell == "row");
     let mark = if lost { ">" } else { " " };
-    let values = images.each_ref().map(|image| image.as_ref().and_then(|i| i.as_ref()).map(|row| row.get(name)));
-    let base = values[0].flatten();
+    let base = images[0].as_ref().and_then(|base| base.get(name));
     let mut texts = vec![format!("{mark} {name}")];
-    for (i, value) in values.iter().enumerate() {
-        texts.push(match value {
+    for image in images {
+        texts.push(match image.as_ref().map(|columns| columns.get(name)) {
             None => String::new(),
             Some(None) => "(unknown)".to_string(),
-            Some(Some(v)) if i > 0 && base.is_some_and(|base| base != *v) => format!("{v} *"),
+            Some(Some(v)) if base.is_some_and(|base| base != v) => format!("{v} *"),
             Some(Some(v)) => v.to_string(),
         });
     }
     texts
 }
 
-/// The columns of all images, in the order of the first that has each.
-fn names(images: &[Option<Option<Map<String, Value>>>]) -> Vec<String> {
-    let mut names: Vec<String> = Vec::new();
-    let mut by_size: Vec<_> = images.iter().flatten().flatten().collect();
+/// The columns of all images, in the order of the fullest.
+fn names(images: &[Option<Map<String, Value>>]) -> Vec<String> {
+    let mut by_size: Vec<_> = images.iter().flatten().collect();
     by_size.sort_by_key(|image| std::cmp::Reverse(image.len()));
-    for name in by_size.into_iter().flat_map(|image| image.keys()) {
+    let mut names: Vec<String> = Vec::new();
+    for name in by_size.into_iter().flat_map(Map::keys) {
         if !names.contains(name) {
             names.push(name.clone());
         }
@@ -107,9 +103,11 @@ fn names(images: &[Option<Option<Map<String, Value>>>]) -> Vec<String> {
     names
 }
 
-/// A row; none if the image says that there was none.
-fn parse(image: &Image) -> Option<Map<String, Value>> {
-    serde_json::from_str(image.tuple.get()).ok()
+fn parse(side: Side<'_>) -> Option<Map<String, Value>> {
+    match side {
+        Side::Row(image) => serde_json::from_str(image.tuple.get()).ok(),
+        Side::NoRow | Side::Unknown => None,
+    }
 }
 
 fn type_name(stored: &Stored) -> String {

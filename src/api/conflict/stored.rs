@@ -6,7 +6,7 @@ use crate::pg::identity::ActingAs;
 use pgrx::prelude::*;
 use tandem_model::change::Item;
 use tandem_model::hlc::NodeId;
-use tandem_model::record::{Decision, Image, Record, Status};
+use tandem_model::record::{ConflictType, Decision, Image, Record, Status};
 
 /// A record and what this node knows around it.
 pub struct Stored {
@@ -17,6 +17,14 @@ pub struct Stored {
     pub own_name: String,
     /// The other node's name: as it calls itself, else as the peer was added.
     pub peer_name: Option<String>,
+}
+
+/// What the record knows of one side.
+#[derive(Clone, Copy)]
+pub enum Side<'a> {
+    Row(&'a Image),
+    NoRow,
+    Unknown,
 }
 
 const READ: &str = "
@@ -97,19 +105,41 @@ impl Stored {
         )
     }
 
-    /// The image of this node, if it is known.
-    pub fn local(&self) -> Option<&Image> {
-        self.record.tuples.get(&self.own.0)
+    /// The row as this node had it.
+    pub fn local(&self) -> Side<'_> {
+        self.side(self.record.tuples.get(&self.own.0))
     }
 
-    /// The image of the other node.
-    pub fn remote(&self) -> Option<&Image> {
-        self.record.tuples.iter().find(|(node, _)| **node != self.own.0).map(|(_, image)| image)
+    /// The row as the other node had it.
+    pub fn remote(&self) -> Side<'_> {
+        self.side(self.record.tuples.iter().find(|(node, _)| **node != self.own.0).map(|(_, image)| image))
     }
 
-    /// The image of the node whose write lost.
-    pub fn loser(&self) -> Option<&Image> {
-        self.record.tuples.get(&self.record.losing_node().0)
+    /// The row as the node had it whose write lost.
+    pub fn loser(&self) -> Side<'_> {
+        self.side(self.record.tuples.get(&self.record.losing_node().0))
+    }
+
+    /// The row as the conflict left it.
+    pub fn result(&self) -> Side<'_> {
+        self.side(self.record.result.as_ref())
+    }
+
+    /// The row that both started from.
+    pub fn base(&self) -> Side<'_> {
+        self.record.base.as_ref().map_or(Side::Unknown, Side::Row)
+    }
+
+    /// Where a delete is involved, the side that has no image had no row.
+    fn side<'a>(&self, image: Option<&'a Image>) -> Side<'a> {
+        use ConflictType::*;
+        match (image, self.record.conflict_type) {
+            (Some(image), _) => Side::Row(image),
+            (None, UpdateDeleted | UpdateMissing | DeleteOriginDiffers | DeleteMissing | TruncateOriginDiffers) => {
+                Side::NoRow
+            }
+            (None, _) => Side::Unknown,
+        }
     }
 
     /// Raises 55000 for a conflict that somebody has closed, unless forced.

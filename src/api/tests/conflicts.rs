@@ -149,10 +149,10 @@ mod tests {
     fn a_lost_delete_can_be_made_good() {
         update_conflict("undead", Status::Auto);
         let id = record("undead", ConflictType::UpdateDeleted, &[], Status::Auto,
-            [Some(BASE), Some(LOCAL), Some("null"), Some(LOCAL)]);
+            [Some(BASE), Some(LOCAL), None, Some(LOCAL)]);
         run(&format!("select tandem.resolve('{id}', 'remote')"));
         assert_eq!(row("undead"), "none");
-        let id = record("undead", ConflictType::DeleteMissing, &[], Status::Auto, [None, Some("null"), None, Some("null")]);
+        let id = record("undead", ConflictType::DeleteMissing, &[], Status::Auto, [None, None, None, None]);
         refused("55000", &format!("select tandem.resolve('{id}', 'base')"));
         refused("55000", &format!("select tandem.resolve('{id}', with_tuple => '{{\"a\": 1}}')"));
     }

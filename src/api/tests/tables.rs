@@ -63,7 +63,7 @@ mod tests {
         assert_eq!(value::<i64>("select count(*) from tandem.add_tables_in_schema('The Shop')"), 0);
         assert_eq!(value::<String>("select string_agg(relation::text || ' ' || state, ', ' order by relation::text collate \"C\") from tandem.tables
                     where relation::oid in (select oid from pg_class where relnamespace = '\"The Shop\"'::regnamespace)"),
-            "\"Odd Name\" not_paired, goods not_paired");
+            "\"Odd Name\" missing_on_peer, goods missing_on_peer");
     }
 
     #[pg_test]
