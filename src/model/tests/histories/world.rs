@@ -37,6 +37,8 @@ pub struct Write {
 pub struct World {
     pub rng: SmallRng,
     pub wall: i64,
+    /// Transactions of one statement.
+    pub short: bool,
     next_value: Value,
     life_of_value: HashMap<Value, Hlc>,
     /// True lives of the rows that deletes named, by version of the delete.
@@ -50,6 +52,7 @@ impl World {
         World {
             rng: SmallRng::seed_from_u64(seed),
             wall: 1_795_448_712_345,
+            short: false,
             next_value: COMMON,
             life_of_value: HashMap::new(),
             life_of_delete: HashMap::new(),
