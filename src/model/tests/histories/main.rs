@@ -2,6 +2,7 @@
 //!
 //! `TANDEM_MODEL_HISTORIES` sets how many; a failure names its seed, `TANDEM_MODEL_SEED` runs one alone.
 mod node;
+mod pairs;
 mod scenes;
 mod world;
 
