@@ -704,6 +704,6 @@ fn each_transaction_is_applied_once_and_in_order() {
     let budget = std::env::var("TANDEM_MODEL_HISTORIES")
         .ok()
         .and_then(|n| n.parse().ok())
-        .unwrap_or(3_000);
+        .unwrap_or(20_000);
     (0..budget).for_each(Sim::run);
 }

@@ -1,9 +1,11 @@
 //! Random histories of two nodes: the rules hold in all of them, and each shortcut fails in some.
 //!
 //! `TANDEM_MODEL_HISTORIES` sets how many; a failure names its seed, `TANDEM_MODEL_SEED` runs one alone.
+mod apply;
 mod node;
 mod pairs;
 mod scenes;
+mod stream;
 mod world;
 
 use node::{Check, Node, Rule};
@@ -133,7 +135,7 @@ fn budget() -> u64 {
     std::env::var("TANDEM_MODEL_HISTORIES")
         .ok()
         .and_then(|n| n.parse().ok())
-        .unwrap_or(20_000)
+        .unwrap_or(60_000)
 }
 
 #[test]

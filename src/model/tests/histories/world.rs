@@ -20,6 +20,12 @@ fn bytes(value: Value) -> &'static [u8] {
     &table[value as usize]
 }
 
+/// The new value that a change gives a cell.
+pub fn value_of(cell: &CellChange<'_>) -> Value {
+    let bytes = cell.new[0].expect("never null here");
+    Value::from_be_bytes(bytes.as_ref().try_into().expect("4 bytes"))
+}
+
 /// The net effect of a committed transaction on one key.
 pub struct Write {
     pub node: NodeId,
@@ -105,8 +111,20 @@ impl World {
         knew: Position,
         change: &Change<'_>,
     ) {
-        let mut write = Write::from((change, node));
-        (write.key, write.position, write.knew) = (self.key_of(change), position, knew);
+        let mut write = Write {
+            node,
+            key: self.key_of(change),
+            op: change.op,
+            version: change.version,
+            position,
+            knew,
+            life: Hlc(0),
+            cells: change
+                .cells
+                .iter()
+                .map(|c| (c.cell, c.version, value_of(c)))
+                .collect(),
+        };
         write.life = match change.op {
             Op::Delete => self
                 .life_of_delete
@@ -212,7 +230,7 @@ impl World {
                 .is_some_and(|r| r.live && r.life == write.life);
             if write.op == Op::Delete
                 && shows
-                && !self.on_record(node, write.key, version_of(write), None)
+                && !self.on_record(node, write.key, write.version, None)
             {
                 return Err(format!("silent loss of a delete at {}", write.version));
             }
@@ -290,8 +308,4 @@ impl World {
             None => Ok(()),
         }
     }
-}
-
-fn version_of(write: &Write) -> Hlc {
-    write.version
 }
