@@ -72,12 +72,14 @@ fn unchanged(row: &RowState, verdict: &Verdict) -> bool {
 
 #[test]
 fn what_is_stable_does_not_come_again() {
+    // The cell was written here since, knowing the update.
     let held = row(
         Existence::Live,
         own(9),
         versions(Hlc(0), Hlc(0), &[(2, own(9))]),
     );
-    let again = change(Op::Insert, peer(5), &[(2, peer(5))], Versions::default());
+    let base = versions(Hlc(0), Hlc(0), &[(2, Hlc(0))]);
+    let again = change(Op::Update, Hlc(0), &[(2, peer(5))], base);
     let v = verdict(&held, &again, stable(0, 5));
     assert_eq!((&v.effect, v.losses.len()), (&Effect::Keep, 0));
     assert!(unchanged(&held, &v));
