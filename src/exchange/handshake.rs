@@ -73,7 +73,10 @@ fn check(ours: &Introduction, protocol: u32, node: u8, name: &str) -> Result<()>
     if protocol != ours.protocol {
         return Err(Error::operator(
             PgSqlErrorCode::ERRCODE_FEATURE_NOT_SUPPORTED,
-            format!("node {name:?} speaks version {protocol} of the protocol, node {:?} version {}", ours.node_name, ours.protocol),
+            format!(
+                "node {name:?} speaks version {protocol} of the protocol, node {:?} version {}",
+                ours.node_name, ours.protocol
+            ),
             "Install the same version of tandem on both servers.",
         ));
     }

@@ -65,7 +65,10 @@ impl Reply {
     pub fn bytes(&self, row: i32, column: i32) -> Option<&[u8]> {
         // SAFETY: a live result; libpq checks row and column; the value lives as long as the result.
         unsafe {
-            if row >= self.rows() || column >= pq_sys::PQnfields(self.0) || pq_sys::PQgetisnull(self.0, row, column) != 0 {
+            if row >= self.rows()
+                || column >= pq_sys::PQnfields(self.0)
+                || pq_sys::PQgetisnull(self.0, row, column) != 0
+            {
                 return None;
             }
             let start = pq_sys::PQgetvalue(self.0, row, column).cast::<u8>();
@@ -217,8 +220,7 @@ impl Link {
     pub fn send(&mut self, statement: &CStr, parameters: &[Option<&str>], binary: bool) -> Result<()> {
         let owned: Vec<Option<CString>> =
             parameters.iter().map(|p| p.map(|p| CString::new(p.replace('\0', "")).unwrap_or_default())).collect();
-        let values: Vec<*const c_char> =
-            owned.iter().map(|p| p.as_ref().map_or(ptr::null(), |p| p.as_ptr())).collect();
+        let values: Vec<*const c_char> = owned.iter().map(|p| p.as_ref().map_or(ptr::null(), |p| p.as_ptr())).collect();
         // SAFETY: as many values as said, each null or ending with a zero byte; libpq copies them.
         let sent = unsafe {
             pq_sys::PQsendQueryParams(
@@ -418,9 +420,13 @@ fn split_sqlstate(line: &str) -> Option<(String, String)> {
 /// The error of a SQLSTATE that came from the peer: whose turn it is, and what to do.
 fn classify(code: String, message: String, hint: Option<String>) -> Error {
     let (class, remedy) = match code.as_str() {
-        "28P01" | "28000" => (Class::Operator, "Check user and password of the connection string, and pg_hba.conf of the peer."),
+        "28P01" | "28000" => {
+            (Class::Operator, "Check user and password of the connection string, and pg_hba.conf of the peer.")
+        }
         "3D000" => (Class::Operator, "Check dbname in the connection string, or create the database on the peer."),
-        "3F000" | "42883" => (Class::Operator, "On the peer, in the database of the connection string: CREATE EXTENSION tandem;"),
+        "3F000" | "42883" => {
+            (Class::Operator, "On the peer, in the database of the connection string: CREATE EXTENSION tandem;")
+        }
         "42501" => (Class::Operator, "On the peer: GRANT tandem_peer TO the user of the connection string;"),
         "57P03" => (Class::Retry, "The peer's server is starting up or shutting down; this goes on by itself."),
         "53300" => (Class::Retry, "Raise max_connections on the peer."),
@@ -433,6 +439,10 @@ fn classify(code: String, message: String, hint: Option<String>) -> Error {
 }
 
 fn sqlstate(code: &str) -> PgSqlErrorCode {
-    let packed = code.bytes().take(5).enumerate().fold(0, |sum, (i, b)| sum | (i32::from(b.wrapping_sub(b'0') & 0x3f) << (6 * i)));
+    let packed = code
+        .bytes()
+        .take(5)
+        .enumerate()
+        .fold(0, |sum, (i, b)| sum | (i32::from(b.wrapping_sub(b'0') & 0x3f) << (6 * i)));
     PgSqlErrorCode::from(packed)
 }

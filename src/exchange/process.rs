@@ -64,8 +64,7 @@ pub fn wait(socket: Option<Socket>, timeout_ms: i64) -> bool {
     let timeout = timeout_ms.clamp(0, 3_600_000);
     // SAFETY: the process's own latch; the socket is open while its owner is borrowed by the caller.
     let woken = unsafe {
-        let woken =
-            pg_sys::WaitLatchOrSocket(pg_sys::MyLatch, events as c_int, fd, timeout, pg_sys::PG_WAIT_EXTENSION);
+        let woken = pg_sys::WaitLatchOrSocket(pg_sys::MyLatch, events as c_int, fd, timeout, pg_sys::PG_WAIT_EXTENSION);
         if woken & pg_sys::WL_LATCH_SET as c_int != 0 {
             pg_sys::ResetLatch(pg_sys::MyLatch);
         }
@@ -114,8 +113,7 @@ pub fn transaction<R>(f: impl FnOnce() -> Result<R>) -> Result<R> {
 /// What `pg_stat_activity` shows of this process.
 pub fn report_activity(working: bool, what: &str) {
     let text = CString::new(what.replace('\0', "")).unwrap_or_default();
-    let state =
-        if working { pg_sys::BackendState::STATE_RUNNING } else { pg_sys::BackendState::STATE_IDLE };
+    let state = if working { pg_sys::BackendState::STATE_RUNNING } else { pg_sys::BackendState::STATE_IDLE };
     // SAFETY: copies the text.
     unsafe { pg_sys::pgstat_report_activity(state, text.as_ptr()) };
 }

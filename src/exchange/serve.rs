@@ -119,9 +119,8 @@ fn announced_stable(database: &Database) -> Hlc {
 #[pg_guard]
 pub unsafe extern "C-unwind" fn tandem_wait_for_commit(fcinfo: pg_sys::FunctionCallInfo) -> pg_sys::Datum {
     // SAFETY: two arguments, by value, not strict: null is looked for.
-    let (after, timeout_ms) = unsafe {
-        (pgrx::fcinfo::pg_getarg::<i64>(fcinfo, 0), pgrx::fcinfo::pg_getarg::<i32>(fcinfo, 1))
-    };
+    let (after, timeout_ms) =
+        unsafe { (pgrx::fcinfo::pg_getarg::<i64>(fcinfo, 0), pgrx::fcinfo::pg_getarg::<i32>(fcinfo, 1)) };
     let after = Position(after.unwrap_or(0) as u64);
     // Loads the database's entry, if it must, while there is a snapshot.
     let database = shmem::database();
@@ -203,8 +202,9 @@ impl Batch {
                 self.more = true;
                 return Ok(false);
             }
-            let chunk = journal::chunk(row.first, index)?
-                .ok_or_else(|| Error::bug(format!("chunk {index} of the transaction at {} is gone", row.mark.position)))?;
+            let chunk = journal::chunk(row.first, index)?.ok_or_else(|| {
+                Error::bug(format!("chunk {index} of the transaction at {} is gone", row.mark.position))
+            })?;
             self.describe(&chunk)?;
             self.push(&Frame::Chunk { position: row.mark.position, index, items: serde_bytes::Bytes::new(&chunk) });
         }
@@ -216,7 +216,8 @@ impl Batch {
 fn descriptor(id: DescriptorId) -> Result<Descriptor> {
     let shape: Option<String> =
         Spi::get_one_with_args("select shape from tandem.descriptor where id = $1", &[(id as i32).into()])?;
-    let shape = shape.ok_or_else(|| Error::bug(format!("the journal refers to descriptor {id}, which is not there")))?;
+    let shape =
+        shape.ok_or_else(|| Error::bug(format!("the journal refers to descriptor {id}, which is not there")))?;
     let mut descriptor: Descriptor =
         serde_json::from_str(&shape).map_err(|e| Error::bug(format!("descriptor {id} is damaged: {e}")))?;
     descriptor.id = id;
@@ -235,10 +236,16 @@ fn reply(after: Position, chunks_done: u32, max_bytes: usize) -> Result<Vec<Vec<
     }
     // SAFETY: a variable of this session.
     if unsafe { pg_sys::XactIsoLevel } >= pg_sys::XACT_REPEATABLE_READ as i32 {
-        return Err(prerequisite("tandem.pull needs isolation level READ COMMITTED", "SET default_transaction_isolation."));
+        return Err(prerequisite(
+            "tandem.pull needs isolation level READ COMMITTED",
+            "SET default_transaction_isolation.",
+        ));
     }
     if database.nonce().is_none() {
-        return Err(Error::retry(PgSqlErrorCode::ERRCODE_CANNOT_CONNECT_NOW, "the exchange of this database has not begun"));
+        return Err(Error::retry(
+            PgSqlErrorCode::ERRCODE_CANNOT_CONNECT_NOW,
+            "the exchange of this database has not begun",
+        ));
     }
     let told = TOLD.take();
     let told = if told.len() > MAX_TOLD { HashSet::new() } else { told };

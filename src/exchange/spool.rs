@@ -31,8 +31,13 @@ impl Spool {
 
     /// Appends a part: its length in 4 bytes, most significant first, then itself.
     pub fn append(&mut self, chunk: &[u8]) -> Result<()> {
-        let length = u32::try_from(chunk.len())
-            .map_err(|_| Error::operator(PgSqlErrorCode::ERRCODE_PROTOCOL_VIOLATION, "a part of more than 4 GB", "See the peer's server log."))?;
+        let length = u32::try_from(chunk.len()).map_err(|_| {
+            Error::operator(
+                PgSqlErrorCode::ERRCODE_PROTOCOL_VIOLATION,
+                "a part of more than 4 GB",
+                "See the peer's server log.",
+            )
+        })?;
         self.file.write_all(&length.to_be_bytes()).map_err(failed)?;
         self.file.write_all(chunk).map_err(failed)
     }

@@ -180,7 +180,9 @@ fn turn(watched: &mut BTreeMap<u32, Watched>, now: i64) -> Result<()> {
             continue;
         }
         looking += usize::from(!known);
-        if (known || looking <= LOOKING_AT_ONCE) && let Some(database) = watched.get_mut(&oid) {
+        if (known || looking <= LOOKING_AT_ONCE)
+            && let Some(database) = watched.get_mut(&oid)
+        {
             database.start(now);
         }
     }
@@ -205,8 +207,7 @@ fn databases() -> Result<Vec<pg_sys::Oid>> {
         // SAFETY: a scan of a shared catalog under a catalog snapshot; rows have the catalog's form. This
         // process is connected to no database, so there is no SPI.
         unsafe {
-            let relation =
-                pg_sys::table_open(pg_sys::DatabaseRelationId, pg_sys::AccessShareLock as pg_sys::LOCKMODE);
+            let relation = pg_sys::table_open(pg_sys::DatabaseRelationId, pg_sys::AccessShareLock as pg_sys::LOCKMODE);
             let scan = pg_sys::table_beginscan_catalog(relation, 0, std::ptr::null_mut());
             loop {
                 let tuple = pg_sys::heap_getnext(scan, pg_sys::ScanDirection::ForwardScanDirection);

@@ -4,7 +4,8 @@
 /// A session on the test server, which this also starts.
 macro_rules! session {
     () => {{
-        pgrx_tests::run_test("a_test_server_is_there", None, crate::pg_test::postgresql_conf_options()).expect("a server");
+        pgrx_tests::run_test("a_test_server_is_there", None, crate::pg_test::postgresql_conf_options())
+            .expect("a server");
         let (mut session, _) = pgrx_tests::client().expect("a session");
         session.batch_execute(SETUP).expect("the session is set up");
         session
@@ -139,7 +140,8 @@ mod tests {
     #[test]
     fn add_table_wants_a_fresh_snapshot() {
         let mut s = session!();
-        s.batch_execute("create table j_snapshot (id int primary key); begin isolation level repeatable read;").expect("begun");
+        s.batch_execute("create table j_snapshot (id int primary key); begin isolation level repeatable read;")
+            .expect("begun");
         let refused = s.batch_execute("select tandem.add_table('j_snapshot')").expect_err("refused");
         assert_eq!(refused.code().map(|c| c.code().to_string()), Some("25001".to_string()));
         s.batch_execute("rollback; drop table j_snapshot").expect("cleaned");
