@@ -76,7 +76,8 @@ fn wait_for_news(database: &Database, after: Position, timeout_ms: i64) {
         let seen = if horizon.0 >= seen_at { seen } else { noted.seen };
         let now = boot_ms();
         let mut until = deadline;
-        if noted.more {
+        // A new session is told at once where things are.
+        if noted.more || noted.horizon == Position(0) {
             break (horizon, seen);
         }
         if last > after && horizon > noted.horizon {
