@@ -28,6 +28,8 @@ const GRACE_MS: i64 = 20;
 const SEEN_PACE_MS: i64 = 10;
 /// A mere stable point, at this.
 const STABLE_PACE_MS: i64 = 1_000;
+/// After a change of the catalog: once more after so many ms.
+const SECOND_LOOK_MS: i64 = 500;
 /// Descriptors that a session remembers as told; then all are told anew.
 const MAX_TOLD: usize = 10_000;
 
@@ -44,6 +46,10 @@ struct Noted {
     told_stable: Hlc,
     /// When (ms since boot) the last reply was given.
     told_at: i64,
+    /// Of the catalog, as the caller was last given a reason to look, and when to give it once more: the
+    /// change may be told before it is committed.
+    generation: u64,
+    again_at: Option<i64>,
 }
 
 thread_local! {
@@ -54,6 +60,8 @@ thread_local! {
         told_seen: Position(0),
         told_stable: Hlc(0),
         told_at: 0,
+        generation: 0,
+        again_at: None,
     }) };
     /// Descriptors that this session's caller knows.
     static TOLD: RefCell<HashSet<DescriptorId>> = RefCell::default();
@@ -87,6 +95,14 @@ fn wait_for_news(database: &Database, after: Position, timeout_ms: i64) {
             }
             until = until.min(since + GRACE_MS);
         }
+        let generation = database.catalog_generation.load(Acquire);
+        if generation != noted.generation {
+            // An empty reply makes the caller ask for our tables.
+            noted.again_at = Some(now + SECOND_LOOK_MS);
+            noted.generation = generation;
+            break (horizon, seen);
+        }
+        until = until.min(noted.again_at.unwrap_or(i64::MAX));
         for (news, pace) in [
             (seen.position > noted.told_seen, SEEN_PACE_MS),
             (announced_stable(database) > noted.told_stable, STABLE_PACE_MS),
@@ -96,6 +112,7 @@ fn wait_for_news(database: &Database, after: Position, timeout_ms: i64) {
             }
         }
         if now >= until {
+            noted.again_at = noted.again_at.filter(|at| now < *at);
             break (horizon, seen);
         }
         shmem::wait_for_commit(commits, until - now);
@@ -264,6 +281,8 @@ fn reply(after: Position, chunks_done: u32, max_bytes: usize) -> Result<Vec<Vec<
         (Some((mark, ..)), false) => (mark, noted.seen, announced_stable(database)),
         (Some(last), true) => last,
         (None, false) => (known, noted.seen, announced_stable(database)),
+        // Who asks for nothing else may hear of it: it counts for no more than what the journal may drop.
+        (None, true) if max_bytes == 0 => (known, noted.seen, Hlc(0)),
         (None, true) => (known, Mark::default(), Hlc(0)),
     };
     batch.push(&Frame::Watermark { mark, seen, stable });
