@@ -1,0 +1,234 @@
+//! Random writers, with a seed, that remember what they did: every value they write is unique, and
+//! each write notes which value it replaced. So it can be said afterwards whether a committed value
+//! got lost: it must be in the table, or have been seen by whoever replaced it, or be in the
+//! conflict history.
+
+use std::collections::{BTreeSet, HashSet};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread::{self, JoinHandle};
+
+use rand::rngs::StdRng;
+use rand::{Rng, SeedableRng};
+
+use crate::client::{Client, Failure};
+use crate::node::{DATABASE, Node};
+use crate::pair::Pair;
+use crate::wait::until_true;
+
+/// Columns that the writers expect; keys are 1 to the workload's `keys`.
+pub const COLUMNS: &str = "id int primary key, a text, b text";
+
+/// The seed of this run: `TANDEM_SEED`, or a new one; printed, so that a failure can be repeated.
+pub fn seed() -> u64 {
+    let given = std::env::var("TANDEM_SEED").ok().and_then(|seed| seed.parse().ok());
+    let seed = given.unwrap_or_else(|| rand::rng().random());
+    eprintln!("TANDEM_SEED={seed}");
+    seed
+}
+
+/// What a writer did.
+#[derive(Default)]
+struct Memory {
+    /// Values whose commit was confirmed.
+    committed: Vec<String>,
+    /// Values that a later write, here or there, had seen when it replaced them.
+    seen: HashSet<String>,
+    /// Errors other than a lost connection or a lost race.
+    errors: Vec<String>,
+}
+
+/// Writers at work on both nodes.
+pub struct Workload {
+    table: String,
+    stop: Arc<AtomicBool>,
+    commits: Arc<AtomicU64>,
+    writers: Vec<JoinHandle<Memory>>,
+}
+
+impl Workload {
+    /// Starts `writers` writers on each node, on a table with [`COLUMNS`].
+    pub fn start(pair: &Pair, table: &str, writers: u32, keys: u32, seed: u64) -> Workload {
+        let mut workload =
+            Workload { table: table.to_string(), stop: Arc::default(), commits: Arc::default(), writers: Vec::new() };
+        for node in pair.nodes() {
+            for number in 0..writers {
+                let writer = Writer::new(node, table, number, keys, seed);
+                let (stop, commits) = (Arc::clone(&workload.stop), Arc::clone(&workload.commits));
+                workload.writers.push(thread::spawn(move || writer.run(&stop, &commits)));
+            }
+        }
+        workload
+    }
+
+    /// Transactions committed so far.
+    pub fn commits(&self) -> u64 {
+        self.commits.load(Ordering::Relaxed)
+    }
+
+    /// Waits until this many more transactions are committed.
+    #[track_caller]
+    pub fn wait_commits(&self, more: u64) {
+        let goal = self.commits() + more;
+        until_true(&format!("{more} more transactions"), || self.commits() >= goal);
+    }
+
+    /// Ends the writers, waits for both streams, and checks that the nodes agree and nothing is lost.
+    #[track_caller]
+    pub fn finish(self, pair: &Pair) {
+        self.stop.store(true, Ordering::Relaxed);
+        let mut all = Memory::default();
+        for writer in self.writers {
+            let memory = writer.join().expect("a writer doesn't panic");
+            all.committed.extend(memory.committed);
+            all.seen.extend(memory.seen);
+            all.errors.extend(memory.errors);
+        }
+        assert!(all.errors.is_empty(), "writers failed: {:#?}", all.errors);
+        pair.wait_streaming();
+        pair.sync();
+        pair.assert_converged(&self.table);
+        let kept = kept(pair, &self.table);
+        let lost: BTreeSet<&String> =
+            all.committed.iter().filter(|value| !all.seen.contains(*value) && !kept.contains(*value)).collect();
+        assert!(
+            lost.is_empty(),
+            "{} of {} committed values are lost without a record: {lost:?}",
+            lost.len(),
+            all.committed.len()
+        );
+    }
+}
+
+/// Values in the table or in the images of its conflicts.
+fn kept(pair: &Pair, table: &str) -> HashSet<String> {
+    let mut kept = HashSet::new();
+    for row in pair.a.rows(&format!("select a, b from {table}")) {
+        kept.extend(row.split('|').map(str::to_string));
+    }
+    for record in pair.a.conflicts(table) {
+        for image in ["base_tuple", "local_tuple", "remote_tuple"] {
+            for column in ["a", "b"] {
+                kept.extend(record[image][column].as_str().map(str::to_string));
+            }
+        }
+    }
+    kept
+}
+
+struct Writer {
+    conninfo: String,
+    table: String,
+    name: String,
+    keys: u32,
+    random: StdRng,
+    count: u64,
+    memory: Memory,
+}
+
+impl Writer {
+    fn new(node: &Node, table: &str, number: u32, keys: u32, seed: u64) -> Writer {
+        let own = seed ^ (u64::from(node.id) << 32) ^ u64::from(number);
+        Writer {
+            conninfo: node.cluster.conninfo(DATABASE),
+            table: table.to_string(),
+            name: format!("{}{number}", node.name),
+            keys,
+            random: StdRng::seed_from_u64(own),
+            count: 0,
+            memory: Memory::default(),
+        }
+    }
+
+    fn run(mut self, stop: &AtomicBool, commits: &AtomicU64) -> Memory {
+        let mut client = None;
+        while !stop.load(Ordering::Relaxed) {
+            let Some(session) = client.as_mut() else {
+                client = Client::connect(&self.conninfo).ok();
+                continue;
+            };
+            match self.transaction(session) {
+                Ok(()) => drop(commits.fetch_add(1, Ordering::Relaxed)),
+                // Lost races are part of the game; a broken connection means a server in trouble.
+                Err(failure) if matches!(failure.sqlstate.as_str(), "23505" | "40001" | "40P01") => {
+                    if session.try_exec("rollback").is_err() {
+                        client = None;
+                    }
+                }
+                Err(failure) if failure.sqlstate.is_empty() || failure.sqlstate.starts_with("57P") => {
+                    client = None;
+                }
+                Err(failure) => {
+                    self.memory.errors.push(format!("{}: {failure}", self.name));
+                    client = None;
+                    if self.memory.errors.len() > 5 {
+                        break;
+                    }
+                }
+            }
+        }
+        self.memory
+    }
+
+    /// One to three changes of random rows.
+    fn transaction(&mut self, client: &mut Client) -> Result<(), Failure> {
+        let (mut written, mut seen) = (Vec::new(), Vec::new());
+        client.try_exec("begin")?;
+        for _ in 0..self.random.random_range(1..=3) {
+            self.change(client, &mut written, &mut seen)?;
+        }
+        let outcome = client.try_exec("commit");
+        match &outcome {
+            Ok(()) => {
+                self.memory.committed.extend(written);
+                self.memory.seen.extend(seen);
+            }
+            // Nobody knows whether this was committed: what it replaced may have been replaced.
+            Err(failure) if failure.sqlstate.is_empty() => self.memory.seen.extend(seen),
+            Err(_) => {}
+        }
+        outcome
+    }
+
+    fn change(
+        &mut self,
+        client: &mut Client,
+        written: &mut Vec<String>,
+        seen: &mut Vec<String>,
+    ) -> Result<(), Failure> {
+        let (table, id) = (&self.table, self.random.random_range(1..=self.keys));
+        let old = client.try_cells(&format!("select a, b from {table} where id = {id} for update"))?;
+        self.count += 1;
+        let (a, b) = (format!("{}.{}a", self.name, self.count), format!("{}.{}b", self.name, self.count));
+        let Some(old) = old.into_iter().next() else {
+            client.try_exec(&format!("insert into {table} values ({id}, '{a}', '{b}')"))?;
+            written.extend([a, b]);
+            return Ok(());
+        };
+        let mut replace = |column: usize| seen.extend(old[column].clone());
+        match self.random.random_range(0..10) {
+            0 | 1 => {
+                client.try_exec(&format!("delete from {table} where id = {id}"))?;
+                replace(0);
+                replace(1);
+            }
+            2 | 3 => {
+                client.try_exec(&format!("update {table} set a = '{a}', b = '{b}' where id = {id}"))?;
+                replace(0);
+                replace(1);
+                written.extend([a, b]);
+            }
+            4..7 => {
+                client.try_exec(&format!("update {table} set a = '{a}' where id = {id}"))?;
+                replace(0);
+                written.push(a);
+            }
+            _ => {
+                client.try_exec(&format!("update {table} set b = '{b}' where id = {id}"))?;
+                replace(1);
+                written.push(b);
+            }
+        }
+        Ok(())
+    }
+}
