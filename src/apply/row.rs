@@ -87,7 +87,7 @@ pub fn apply(table: &mut Table, route: &Route, sent: &Change<'_>, work: &mut Wor
         conflict::record(&pair, work)?;
     }
     execute(table, &local, &key, held, &stored.content, &verdict, work)?;
-    work.queued |= table.queues();
+    work.queued |= table.has_checks();
     refuse_trigger_writes(table, work)
 }
 
