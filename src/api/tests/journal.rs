@@ -12,6 +12,7 @@ macro_rules! session {
 }
 
 const SETUP: &str = "
+    set search_path = public, tandem;
     select tandem.create_node('tokyo', 1) where not exists (select from tandem.node);
     create or replace function pg_temp.journaled(since tandem.position) returns table (at tandem.position, bytes int, chunks int)
     language sql as $$

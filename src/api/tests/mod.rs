@@ -9,8 +9,9 @@ mod types;
 
 use pgrx::prelude::*;
 
-/// Makes this database a node, unless it is one.
+/// Makes this database a node, unless it is one. Operators of Tandem's types are found by their path.
 fn ready() {
+    run("set local search_path = public, tandem");
     Spi::run("select tandem.create_node('tokyo', 1) where not exists (select from tandem.node)")
         .expect("the node can be created");
 }
