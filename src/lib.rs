@@ -68,6 +68,7 @@ pub extern "C-unwind" fn _PG_init() {
     if unsafe { pg_sys::process_shared_preload_libraries_in_progress } {
         shmem::init();
         capture::init();
+        exchange::init();
     }
 }
 

@@ -21,8 +21,7 @@ pub fn about(relid: pg_sys::Oid) {
 }
 
 pub fn warn(message: &str, hint: Option<&str>) {
-    let mut report =
-        ErrorReport::new(PgSqlErrorCode::ERRCODE_WARNING, message.to_string(), pgrx::function_name!());
+    let mut report = ErrorReport::new(PgSqlErrorCode::ERRCODE_WARNING, message.to_string(), pgrx::function_name!());
     if let Some(hint) = hint {
         report = report.set_hint(hint.to_string());
     }

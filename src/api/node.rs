@@ -1,8 +1,8 @@
 //! This database as a member of a pair.
 use super::answer;
 use crate::error::{Error, Result};
-use crate::{clock, shmem};
 use crate::pg::identity::ActingAs;
+use crate::{clock, shmem};
 use pgrx::prelude::*;
 use std::sync::atomic::Ordering::*;
 

@@ -1,8 +1,8 @@
 //! The other database: adding and removing it, stopping and resuming what comes from it.
 use super::{answer, node};
 use crate::error::{Error, Result};
-use crate::shmem;
 use crate::pg::identity::ActingAs;
+use crate::shmem;
 use pgrx::prelude::*;
 
 #[pg_extern]

@@ -71,7 +71,9 @@ fn check(sequence: &PgRelation) -> Result<()> {
 fn read(sequence: &PgRelation, name: &str) -> Result<Range> {
     let bounds = "select seqmin, seqmax from pg_catalog.pg_sequence where seqrelid = $1";
     let (min, max) = Spi::get_two_with_args::<i64, i64>(bounds, &[sequence.oid().into()])?;
-    let last = Spi::get_one::<i64>(&format!("select case when is_called then last_value else last_value - 1 end from {name}"))?;
+    let last = Spi::get_one::<i64>(&format!(
+        "select case when is_called then last_value else last_value - 1 end from {name}"
+    ))?;
     Ok(Range { min: min.unwrap_or(1), max: max.unwrap_or(i64::MAX), last: last.unwrap_or(0) })
 }
 

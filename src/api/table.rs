@@ -1,9 +1,9 @@
 //! Tables that are kept in sync: taking one in, and letting it go.
 use super::{advice, answer, digest, node};
 use crate::error::{Error, Result};
+use crate::pg::identity::ActingAs;
 use crate::relation::{self, SyncedRelation};
 use crate::shmem;
-use crate::pg::identity::ActingAs;
 use pgrx::prelude::*;
 use pgrx::spi::{quote_identifier, quote_qualified_identifier};
 use pgrx::{JsonB, PgRelation};
@@ -201,6 +201,8 @@ fn require_unmarked(relation: &SyncedRelation) -> Result<()> {
     Err(Error::operator(
         PgSqlErrorCode::ERRCODE_DUPLICATE_COLUMN,
         format!("table {name} has a column _hlc or _cells already"),
-        format!("ALTER TABLE {name} DROP COLUMN IF EXISTS _hlc, DROP COLUMN IF EXISTS _cells; if it is a copy of a synced table."),
+        format!(
+            "ALTER TABLE {name} DROP COLUMN IF EXISTS _hlc, DROP COLUMN IF EXISTS _cells; if it is a copy of a synced table."
+        ),
     ))
 }

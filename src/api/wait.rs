@@ -2,9 +2,9 @@
 //! transaction id or runs a query while it waits.
 use super::{answer, node};
 use crate::error::{Error, Result};
+use crate::pg::identity::ActingAs;
 use crate::types::SqlPosition;
 use crate::{capture, clock, registry, shmem};
-use crate::pg::identity::ActingAs;
 use pgrx::datum::Interval;
 use pgrx::prelude::*;
 use std::sync::atomic::{AtomicU32, Ordering::*};

@@ -96,7 +96,10 @@ unsafe fn set_flags(desc: &mut pg_sys::TriggerDesc) {
                 && kind & event != 0
         })
     };
-    use pg_sys::{TRIGGER_TYPE_BEFORE as BEFORE, TRIGGER_TYPE_DELETE as DELETE, TRIGGER_TYPE_INSERT as INSERT, TRIGGER_TYPE_UPDATE as UPDATE};
+    use pg_sys::{
+        TRIGGER_TYPE_BEFORE as BEFORE, TRIGGER_TYPE_DELETE as DELETE, TRIGGER_TYPE_INSERT as INSERT,
+        TRIGGER_TYPE_UPDATE as UPDATE,
+    };
     const AFTER: u32 = 0;
     desc.trig_insert_before_row = has(BEFORE, INSERT);
     desc.trig_insert_after_row = has(AFTER, INSERT);

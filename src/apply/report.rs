@@ -59,8 +59,7 @@ pub fn is_unique_violation(error: &Error) -> bool {
 
 /// The worker runs with lc_messages = C, so the constraint's name is in the message in quotes.
 fn violates(error: &Error, constraint: &str) -> bool {
-    error.sqlstate == PgSqlErrorCode::ERRCODE_UNIQUE_VIOLATION
-        && error.message.ends_with(&format!("\"{constraint}\""))
+    error.sqlstate == PgSqlErrorCode::ERRCODE_UNIQUE_VIOLATION && error.message.ends_with(&format!("\"{constraint}\""))
 }
 
 /// `key (id)=(7)`, from the bytes that travelled: no function of the server is called in a failed transaction.

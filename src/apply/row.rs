@@ -138,14 +138,12 @@ impl Stored {
 
     /// True if all that the change says of a cell is stored already.
     fn same(&self, rel: &SyncedRelation, local: &Local<'_>, cell: CellId) -> bool {
-        local
-            .new
-            .iter()
-            .filter(|(column, _)| rel.columns[*column].cell == cell)
-            .all(|(column, new)| match self.content[*column] {
+        local.new.iter().filter(|(column, _)| rel.columns[*column].cell == cell).all(|(column, new)| {
+            match self.content[*column] {
                 Some(stored) => value::equal(&rel.columns[*column], stored, *new),
                 None => false,
-            })
+            }
+        })
     }
 }
 

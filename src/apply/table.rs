@@ -51,7 +51,11 @@ impl Table {
             Err(e) => {
                 // SAFETY: opened above.
                 unsafe { pg_sys::table_close(rel, pg_sys::NoLock as pg_sys::LOCKMODE) };
-                return if e.sqlstate == PgSqlErrorCode::ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE { Ok(None) } else { Err(e) };
+                return if e.sqlstate == PgSqlErrorCode::ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE {
+                    Ok(None)
+                } else {
+                    Err(e)
+                };
             }
         };
         if synced.hlc_attnum == 0 || synced.cells_attnum == 0 {

@@ -42,7 +42,8 @@ fn row_lines(row: &[String], widths: &[usize]) -> Vec<String> {
     let height = cells.iter().map(Vec::len).max().unwrap_or(0);
     (0..height)
         .map(|i| {
-            let parts = cells.iter().zip(widths).map(|(cell, width)| pad(cell.get(i).map_or("", String::as_str), *width));
+            let parts =
+                cells.iter().zip(widths).map(|(cell, width)| pad(cell.get(i).map_or("", String::as_str), *width));
             parts.collect::<Vec<_>>().join(SEPARATOR).trim_end().to_string()
         })
         .collect()

@@ -86,7 +86,9 @@ fn resolve_table(schema: &str, table: &str, request: &Request, note: Option<&str
     if changed > 0 {
         super::advice::warn(
             &format!("{changed} conflicts were left open: their rows have changed since"),
-            Some("Look at them in tandem.open_conflicts and decide each with tandem.resolve(conflict_id, …, force => true)."),
+            Some(
+                "Look at them in tandem.open_conflicts and decide each with tandem.resolve(conflict_id, …, force => true).",
+            ),
         );
     }
     Ok(done)

@@ -120,7 +120,9 @@ fn differing(
     relation.columns.iter().zip(&present.values).any(|(column, now)| {
         let is_lost = lost.contains(column.name.as_str());
         match left.get(&column.name) {
-            Some(then) if is_lost || choice.sets(&column.name) => !value::equal(column, value::from_json(column, then), *now),
+            Some(then) if is_lost || choice.sets(&column.name) => {
+                !value::equal(column, value::from_json(column, then), *now)
+            }
             Some(_) => false,
             None => is_lost,
         }
@@ -198,7 +200,13 @@ impl Table<'_> {
         Ok(Some(Present { hlc: Hlc(hlc as u64), values: values? }))
     }
 
-    fn apply(&self, client: &mut SpiClient<'_>, key: &[Parameter], present: Option<&Present>, choice: &Choice) -> Result<()> {
+    fn apply(
+        &self,
+        client: &mut SpiClient<'_>,
+        key: &[Parameter],
+        present: Option<&Present>,
+        choice: &Choice,
+    ) -> Result<()> {
         match (choice, present) {
             (Choice::Row { set, .. }, Some(present)) => self.update(client, key, present, set),
             (Choice::Row { whole: Some(tuple), .. }, None) | (Choice::Beside(tuple), _) => self.insert(client, tuple),
@@ -213,7 +221,13 @@ impl Table<'_> {
     }
 
     /// Sets what is not so already: a statement that changes nothing is not made.
-    fn update(&self, client: &mut SpiClient<'_>, key: &[Parameter], present: &Present, set: &Map<String, Value>) -> Result<()> {
+    fn update(
+        &self,
+        client: &mut SpiClient<'_>,
+        key: &[Parameter],
+        present: &Present,
+        set: &Map<String, Value>,
+    ) -> Result<()> {
         let mut parameters = self.key_parameters(key);
         let mut terms = Vec::new();
         for (column, now) in self.relation.columns.iter().zip(&present.values) {
@@ -226,7 +240,11 @@ impl Table<'_> {
         if terms.is_empty() {
             return Ok(());
         }
-        self.run(client, &format!("update only {} set {} where {}", self.name, terms.join(", "), self.by_key), &parameters)
+        self.run(
+            client,
+            &format!("update only {} set {} where {}", self.name, terms.join(", "), self.by_key),
+            &parameters,
+        )
     }
 
     fn insert(&self, client: &mut SpiClient<'_>, tuple: &Map<String, Value>) -> Result<()> {
@@ -238,7 +256,11 @@ impl Table<'_> {
             places.push(format!("${}", parameters.len()));
         }
         let (names, places) = (names.join(", "), places.join(", "));
-        self.run(client, &format!("insert into {} ({names}) overriding system value values ({places})", self.name), &parameters)
+        self.run(
+            client,
+            &format!("insert into {} ({names}) overriding system value values ({places})", self.name),
+            &parameters,
+        )
     }
 
     fn delete(&self, client: &mut SpiClient<'_>, key: &[Parameter]) -> Result<()> {

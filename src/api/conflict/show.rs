@@ -111,7 +111,10 @@ fn parse(side: Side<'_>) -> Option<Map<String, Value>> {
 }
 
 fn type_name(stored: &Stored) -> String {
-    serde_json::to_value(stored.record.conflict_type).ok().and_then(|v| v.as_str().map(str::to_string)).unwrap_or_default()
+    serde_json::to_value(stored.record.conflict_type)
+        .ok()
+        .and_then(|v| v.as_str().map(str::to_string))
+        .unwrap_or_default()
 }
 
 fn node_name(stored: &Stored, node: NodeId) -> String {

@@ -6,13 +6,20 @@ use tandem_model::record::{ConflictType, Decision, Image, Record, Status};
 
 /// A conflict on `table` with key `{"id":1}` that the peer (node 2) has lost, recorded as if just met.
 /// Images are (base, local, remote, result).
-fn record(table: &str, conflict_type: ConflictType, cells: &[&str], status: Status, images: [Option<&str>; 4]) -> String {
+fn record(
+    table: &str,
+    conflict_type: ConflictType,
+    cells: &[&str],
+    status: Status,
+    images: [Option<&str>; 4],
+) -> String {
     let winning = crate::clock::tick();
     let losing = Hlc::from_parts(winning.unix_millis() - 1, winning.counter(), NodeId(2)).expect("a time of today");
     let key = raw("{\"id\":1}");
     let image = |text: &str| Image { rank: (1, winning), tuple: raw(text) };
     let [base, local, remote, result] = images.map(|text| text.map(image));
-    let tuples: BTreeMap<u8, Image> = [(1, local), (2, remote)].into_iter().filter_map(|(n, i)| Some((n, i?))).collect();
+    let tuples: BTreeMap<u8, Image> =
+        [(1, local), (2, remote)].into_iter().filter_map(|(n, i)| Some((n, i?))).collect();
     let record = Record {
         conflict_id: Record::id("public", table, key.get(), losing),
         schema: "public".to_string(),
@@ -60,9 +67,17 @@ const REMOTE: &str = "{\"id\":1,\"a\":30,\"b\":\"base\"}";
 /// A table whose row holds what the conflict left: the local value of `a`; the remote one was lost.
 fn update_conflict(table: &str, status: Status) -> String {
     ready();
-    run(&format!("create table public.{table} (id int primary key, a int, b text); select tandem.add_table('public.{table}')"));
+    run(&format!(
+        "create table public.{table} (id int primary key, a int, b text); select tandem.add_table('public.{table}')"
+    ));
     run(&format!("insert into public.{table} values (1, 20, 'base')"));
-    record(table, ConflictType::UpdateOriginDiffers, &["a"], status, [Some(BASE), Some(LOCAL), Some(REMOTE), Some(LOCAL)])
+    record(
+        table,
+        ConflictType::UpdateOriginDiffers,
+        &["a"],
+        status,
+        [Some(BASE), Some(LOCAL), Some(REMOTE), Some(LOCAL)],
+    )
 }
 
 fn row(table: &str) -> String {
@@ -75,10 +90,15 @@ mod tests {
 
     #[pg_test]
     fn resolve_writes_the_chosen_side() {
-        for (i, (side, expected)) in
-            [("remote", "30 base"), ("base", "10 base"), ("local", "20 base"), ("result", "20 base"), ("tokyo", "20 base")]
-                .into_iter()
-                .enumerate()
+        for (i, (side, expected)) in [
+            ("remote", "30 base"),
+            ("base", "10 base"),
+            ("local", "20 base"),
+            ("result", "20 base"),
+            ("tokyo", "20 base"),
+        ]
+        .into_iter()
+        .enumerate()
         {
             let table = format!("side_{i}");
             let id = update_conflict(&table, Status::Open);
@@ -86,7 +106,11 @@ mod tests {
             run(&format!("select tandem.resolve('{id}', '{side}', note => 'asked the branch')"));
             assert_eq!(row(&table), expected, "{side}");
             let after: i64 = value(&format!("select _hlc::int8 from public.{table}"));
-            assert_eq!(after > before, expected != "20 base", "a decision that changes nothing makes no version: {side}");
+            assert_eq!(
+                after > before,
+                expected != "20 base",
+                "a decision that changes nothing makes no version: {side}"
+            );
             let closed = format!(
                 "select status || ' ' || resolved_by || ' ' || note from tandem.conflicts
                  where conflict_id = '{id}' and resolved_at is not null and conflict_resolution is not null"
@@ -104,7 +128,10 @@ mod tests {
         refused("22023", &format!("select tandem.resolve('{id}', 'sideways')"));
         refused("22023", &format!("select tandem.resolve('{id}')"));
         refused("22023", &format!("select tandem.resolve('{id}', 'keep_both', with_tuple => '{{\"id\": 2}}')"));
-        assert_eq!(refusal(&format!("select tandem.resolve('{id}', with_tuple => '{{\"a\": \"x\"}}')")).sqlstate, "22P02");
+        assert_eq!(
+            refusal(&format!("select tandem.resolve('{id}', with_tuple => '{{\"a\": \"x\"}}')")).sqlstate,
+            "22P02"
+        );
         run(&format!("select tandem.resolve('{id}', 'remote', with_tuple => '{{\"b\": \"both\"}}')"));
         assert_eq!(row("given"), "30 both");
         refused("42704", "select tandem.resolve('00000000-0000-0000-0000-000000000000', 'local')");
@@ -148,8 +175,13 @@ mod tests {
     #[pg_test]
     fn a_lost_delete_can_be_made_good() {
         update_conflict("undead", Status::Auto);
-        let id = record("undead", ConflictType::UpdateDeleted, &[], Status::Auto,
-            [Some(BASE), Some(LOCAL), None, Some(LOCAL)]);
+        let id = record(
+            "undead",
+            ConflictType::UpdateDeleted,
+            &[],
+            Status::Auto,
+            [Some(BASE), Some(LOCAL), None, Some(LOCAL)],
+        );
         run(&format!("select tandem.resolve('{id}', 'remote')"));
         assert_eq!(row("undead"), "none");
         let id = record("undead", ConflictType::DeleteMissing, &[], Status::Auto, [None, None, None, None]);
@@ -160,18 +192,35 @@ mod tests {
     #[pg_test]
     fn both_rows_of_an_insert_conflict_can_be_kept() {
         update_conflict("doubled", Status::Auto);
-        let id = record("doubled", ConflictType::InsertExists, &[], Status::Auto, [None, Some(LOCAL), Some(REMOTE), Some(LOCAL)]);
+        let id = record(
+            "doubled",
+            ConflictType::InsertExists,
+            &[],
+            Status::Auto,
+            [None, Some(LOCAL), Some(REMOTE), Some(LOCAL)],
+        );
         refused("22023", &format!("select tandem.resolve('{id}', 'keep_both')"));
-        assert_eq!(refusal(&format!("select tandem.resolve('{id}', 'keep_both', with_tuple => '{{\"b\": \"x\"}}')")).sqlstate, "23505");
+        assert_eq!(
+            refusal(&format!("select tandem.resolve('{id}', 'keep_both', with_tuple => '{{\"b\": \"x\"}}')")).sqlstate,
+            "23505"
+        );
         run(&format!("select tandem.resolve('{id}', 'keep_both', with_tuple => '{{\"id\": 18}}')"));
-        assert_eq!(value::<String>("select string_agg(format('%s:%s', id, a), ' ' order by id) from public.doubled"), "1:20 18:30");
+        assert_eq!(
+            value::<String>("select string_agg(format('%s:%s', id, a), ' ' order by id) from public.doubled"),
+            "1:20 18:30"
+        );
     }
 
     #[pg_test]
     fn resolve_all_leaves_changed_rows_open() {
         update_conflict("many", Status::Open);
-        record("many", ConflictType::UpdateOriginDiffers, &["b"], Status::Open,
-            [Some(BASE), Some(LOCAL), Some("{\"id\":1,\"a\":20,\"b\":\"lost\"}"), Some(LOCAL)]);
+        record(
+            "many",
+            ConflictType::UpdateOriginDiffers,
+            &["b"],
+            Status::Open,
+            [Some(BASE), Some(LOCAL), Some("{\"id\":1,\"a\":20,\"b\":\"lost\"}"), Some(LOCAL)],
+        );
         assert_eq!(value::<i64>("select open_conflicts from tandem.tables where relation = 'many'::regclass"), 2);
         run("update public.many set a = 99");
         assert_eq!(value::<i64>("select tandem.resolve_all('many', 'remote')"), 1);
@@ -188,12 +237,22 @@ mod tests {
                  \"A\" int references public.parent_row deferrable initially deferred, g int generated always as (id * 2) stored)");
         run("insert into public.parent_row values (1), (2); select tandem.add_table('public.deferred')");
         run("insert into public.deferred (\"A\") values (1)");
-        let id = record("deferred", ConflictType::UpdateOriginDiffers, &["A"], Status::Open,
-            [None, Some("{\"id\":1,\"A\":1}"), Some("{\"id\":1,\"A\":2}"), Some("{\"id\":1,\"A\":1}")]);
+        let id = record(
+            "deferred",
+            ConflictType::UpdateOriginDiffers,
+            &["A"],
+            Status::Open,
+            [None, Some("{\"id\":1,\"A\":1}"), Some("{\"id\":1,\"A\":2}"), Some("{\"id\":1,\"A\":1}")],
+        );
         run(&format!("select tandem.resolve('{id}', 'remote')"));
         assert_eq!(value::<i32>("select \"A\" from public.deferred"), 2);
-        let id = record("deferred", ConflictType::UpdateOriginDiffers, &["A"], Status::Open,
-            [None, Some("{\"id\":1,\"A\":1}"), Some("{\"id\":1,\"A\":7}"), Some("{\"id\":1,\"A\":2}")]);
+        let id = record(
+            "deferred",
+            ConflictType::UpdateOriginDiffers,
+            &["A"],
+            Status::Open,
+            [None, Some("{\"id\":1,\"A\":1}"), Some("{\"id\":1,\"A\":7}"), Some("{\"id\":1,\"A\":2}")],
+        );
         assert_eq!(refusal(&format!("select tandem.resolve('{id}', 'remote')")).sqlstate, "23503");
     }
 
@@ -201,11 +260,24 @@ mod tests {
     fn a_conflict_reads_well() {
         let id = update_conflict("shown", Status::Open);
         let text: String = value(&format!("select string_agg(l, E'\\n') from tandem.show_conflict('{id}') l"));
-        for part in ["update_origin_differs on public.shown, key {\"id\":1}", "> a", "20 *", "30 *", "local (tokyo)", "status open"] {
+        for part in [
+            "update_origin_differs on public.shown, key {\"id\":1}",
+            "> a",
+            "20 *",
+            "30 *",
+            "local (tokyo)",
+            "status open",
+        ] {
             assert!(text.contains(part), "{part}: {text}");
         }
         let long = format!("{{\"id\":1,\"a\":30,\"b\":\"{}\"}}", "長い値 ".repeat(60));
-        let id = record("shown", ConflictType::UpdateOriginDiffers, &["b"], Status::Open, [None, Some(LOCAL), Some(&long), Some(LOCAL)]);
+        let id = record(
+            "shown",
+            ConflictType::UpdateOriginDiffers,
+            &["b"],
+            Status::Open,
+            [None, Some(LOCAL), Some(&long), Some(LOCAL)],
+        );
         let widest: i32 = value(&format!("select max(length(l)) from tandem.show_conflict('{id}') l"));
         assert!(widest <= 100, "{widest}");
     }
@@ -213,7 +285,13 @@ mod tests {
     #[pg_test]
     fn conflicts_are_counted_by_type() {
         update_conflict("counted", Status::Open);
-        record("counted", ConflictType::InsertExists, &[], Status::Auto, [None, Some(LOCAL), Some(REMOTE), Some(LOCAL)]);
+        record(
+            "counted",
+            ConflictType::InsertExists,
+            &[],
+            Status::Auto,
+            [None, Some(LOCAL), Some(REMOTE), Some(LOCAL)],
+        );
         let counts = "select format('%s %s %s %s', confl_update_origin_differs, confl_insert_exists, conflicts, open)
                       from tandem.stat_conflicts where relation = 'counted'::regclass";
         assert_eq!(value::<String>(counts), "1 1 2 1");
@@ -239,16 +317,19 @@ mod tests {
         assert_eq!(seen("stranger"), 0);
         assert!(seen("auditor") >= 2 && seen("dba") >= 2);
         run("set local role stranger");
-        for statement in [format!("select tandem.resolve('{id}', 'remote')"), format!("select tandem.show_conflict('{id}')"),
-            format!("select tandem.ignore('{id}')")]
-        {
+        for statement in [
+            format!("select tandem.resolve('{id}', 'remote')"),
+            format!("select tandem.show_conflict('{id}')"),
+            format!("select tandem.ignore('{id}')"),
+        ] {
             refused("42501", &statement);
         }
         run("reset role; set local role shopkeeper");
         run(&format!("select tandem.resolve('{id}', 'remote')"));
         run("reset role");
         assert_eq!(row("owned"), "30 base");
-        let id: String = value("select conflict_id::text from tandem.conflicts where relation = 'foreign_to_them'::regclass");
+        let id: String =
+            value("select conflict_id::text from tandem.conflicts where relation = 'foreign_to_them'::regclass");
         run("set local role dba");
         run(&format!("select tandem.resolve('{id}', 'remote')"));
         run("reset role");

@@ -29,9 +29,18 @@ mod tests {
         for table in ["keyless", "deferrable_key", "partial_key"] {
             refused("55000", &format!("select tandem.add_table('{table}')"));
         }
-        for table in ["unlogged_table", "temporary_table", "some_view", "some_matview", "partitioned", "a_partition",
-            "parent", "child", "pg_catalog.pg_class", "tandem.node"]
-        {
+        for table in [
+            "unlogged_table",
+            "temporary_table",
+            "some_view",
+            "some_matview",
+            "partitioned",
+            "a_partition",
+            "parent",
+            "child",
+            "pg_catalog.pg_class",
+            "tandem.node",
+        ] {
             refused("0A000", &format!("select tandem.add_table('{table}')"));
         }
         refused("42701", "select tandem.add_table('copied')");

@@ -43,11 +43,14 @@ mod tests {
     #[pg_test]
     fn an_administrator_adds_own_tables_and_no_peer() {
         ready();
+        let _ = refusal("select 1 / 0");
         run("create role head in role tandem_admin; create role other; grant create on schema public to head, other");
         run("create table public.not_theirs (id int primary key)");
         run("set local role head");
         run("create table public.theirs (id int primary key, a int); select tandem.add_table('public.theirs')");
-        run("insert into public.theirs values (1, 1); update public.theirs set a = 2; delete from public.theirs; truncate public.theirs");
+        run(
+            "insert into public.theirs values (1, 1); update public.theirs set a = 2; delete from public.theirs; truncate public.theirs",
+        );
         refused("42501", "select tandem.add_table('public.not_theirs')");
         refused("42501", "select tandem.add_peer('osaka', 'host=db2')");
         assert!(value::<i64>("select count(*) from tandem.check()") > 5);
@@ -56,7 +59,9 @@ mod tests {
         assert_eq!(value::<i64>("select count(name) from tandem.peer"), 0);
         run("reset role; grant insert, select on public.theirs to other; set local role other");
         run("insert into public.theirs values (3, 3)");
-        assert!(value::<bool>("select _hlc > '0' and _hlc::timestamptz > now() - interval '1 hour' from public.theirs"));
+        assert!(value::<bool>(
+            "select _hlc > '0' and _hlc::timestamptz > now() - interval '1 hour' from public.theirs"
+        ));
         assert_eq!(refusal("select tandem.add_table('public.theirs')").sqlstate, "42501");
         assert_eq!(refusal("select * from tandem.tombstone").sqlstate, "42501");
         run("reset role; set local role head; select tandem.remove_table('public.theirs')");
@@ -65,14 +70,18 @@ mod tests {
     #[pg_test]
     fn an_operator_of_the_callers_making_does_not_run_as_superuser() {
         ready();
-        run("create role trickster in role tandem_admin; create schema trap authorization trickster; set local role trickster");
+        run(
+            "create role trickster in role tandem_admin; create schema trap authorization trickster; set local role trickster",
+        );
         run("create table trap.victims (who name);
              create function trap.spring(regclass, oid) returns bool language plpgsql as $$
                  begin insert into trap.victims values (current_user); return pg_catalog.oideq($1, $2); end $$;
              create operator trap.= (leftarg = regclass, rightarg = oid, function = trap.spring);
              create table trap.goods (id int primary key)");
         run("set local search_path = trap, pg_catalog");
-        run("select tandem.add_table('trap.goods'); select count(*) from tandem.tables; select tandem.remove_table('trap.goods')");
+        run(
+            "select tandem.add_table('trap.goods'); select count(*) from tandem.tables; select tandem.remove_table('trap.goods')",
+        );
         run("reset role");
         assert_eq!(value::<i64>("select count(*) from trap.victims where who <> 'trickster'"), 0);
     }

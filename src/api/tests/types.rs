@@ -41,7 +41,12 @@ mod tests {
         run("analyze hlc_sorted");
         assert_eq!(value::<i64>("select max(v)::int8 from hlc_sorted"), 500);
         assert_eq!(value::<i64>("select min(v)::int8 from hlc_sorted"), 1);
-        assert_eq!(value::<i64>("select count(*) from hlc_sorted where v between 10::int8::tandem.hlc and 19::int8::tandem.hlc"), 10);
+        assert_eq!(
+            value::<i64>(
+                "select count(*) from hlc_sorted where v between 10::int8::tandem.hlc and 19::int8::tandem.hlc"
+            ),
+            10
+        );
         run("set local enable_mergejoin = off; set local enable_nestloop = off");
         assert_eq!(value::<i64>("select count(*) from hlc_sorted a join hlc_sorted b using (v)"), 500);
     }
