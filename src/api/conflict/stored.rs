@@ -1,8 +1,8 @@
 //! A conflict as the catalog holds it: read with the question whether the caller may see it, closed with a
 //! decision that travels.
 use crate::error::{Error, Result};
-use crate::{apply, capture, clock};
 use crate::pg::identity::ActingAs;
+use crate::{apply, capture, clock};
 use pgrx::prelude::*;
 use tandem_model::change::Item;
 use tandem_model::hlc::NodeId;
@@ -68,8 +68,8 @@ impl Stored {
 
     fn from_row(row: &pgrx::spi::SpiHeapTupleData<'_>) -> Result<Stored> {
         let text: String = row.get(1)?.unwrap_or_default();
-        let record = serde_json::from_str(&text)
-            .map_err(|e| Error::bug(format!("a conflict record cannot be read: {e}")))?;
+        let record =
+            serde_json::from_str(&text).map_err(|e| Error::bug(format!("a conflict record cannot be read: {e}")))?;
         Ok(Stored {
             record,
             relid: row.get(2)?,

@@ -14,7 +14,10 @@ mod tests {
         run("create table visited (id int primary key, a text); insert into visited values (1, 'x')");
         run("select tandem.add_table('visited')");
         assert_eq!(value::<i64>(LEFTOVERS), 2 + 4 + 1);
-        assert_eq!(value::<i64>("select count(*) from pg_trigger where tgrelid = 'visited'::regclass and tgenabled = 'A'"), 4);
+        assert_eq!(
+            value::<i64>("select count(*) from pg_trigger where tgrelid = 'visited'::regclass and tgenabled = 'A'"),
+            4
+        );
         assert_eq!(value::<i64>("select count(*) from visited where _hlc = '0' and _cells is null"), 1);
         run("update visited set a = 'y'; insert into visited values (2, 'z'); delete from visited where id = 1");
         run("select tandem.remove_table('visited')");
@@ -71,13 +74,20 @@ mod tests {
         ready();
         run("create table gone (id int primary key); select tandem.add_table('gone')");
         run("insert into gone values (1); delete from gone; drop table gone");
-        assert_eq!(value::<i64>("select count(*) from tandem.synced_table s where not exists (select from pg_class where oid = relid)"), 0);
+        assert_eq!(
+            value::<i64>(
+                "select count(*) from tandem.synced_table s where not exists (select from pg_class where oid = relid)"
+            ),
+            0
+        );
     }
 
     #[pg_test]
     fn a_change_of_nothing_makes_no_version() {
         ready();
-        run("create table calm (id int primary key, a int, b text); select tandem.add_table('calm'); insert into calm values (1, 1, 'x')");
+        run(
+            "create table calm (id int primary key, a int, b text); select tandem.add_table('calm'); insert into calm values (1, 1, 'x')",
+        );
         let before: i64 = value("select _hlc::int8 from calm");
         run("update calm set a = a, b = 'x'");
         assert_eq!(value::<i64>("select _hlc::int8 from calm"), before);
@@ -94,7 +104,9 @@ mod tests {
              create table child_in (id int primary key, parent int references parent_aside); create table no_key_here (a int)");
         run("select tandem.add_table('child_in')");
         let found = |item: &str, detail: &str| {
-            let query = format!("select count(*) from tandem.check() where level <> 'ok' and item like '{item}' and detail like '{detail}'");
+            let query = format!(
+                "select count(*) from tandem.check() where level <> 'ok' and item like '{item}' and detail like '{detail}'"
+            );
             value::<i64>(&query)
         };
         assert_eq!(found("table public.no_key_here", "%no usable key%"), 1);
@@ -104,7 +116,17 @@ mod tests {
         assert_eq!(found("foreign key%", "%child_in%"), 0);
         run("alter table child_in disable trigger \"!tandem_capture\"");
         assert_eq!(found("table public.child_in", "%disabled%"), 1);
-        assert_eq!(value::<i64>("select count(*) from tandem.check() where item = 'shared_preload_libraries' and level = 'ok'"), 1);
-        assert_eq!(value::<i64>("select count(*) from tandem.check() where level not in ('ok', 'warning', 'error') or detail is null"), 0);
+        assert_eq!(
+            value::<i64>(
+                "select count(*) from tandem.check() where item = 'shared_preload_libraries' and level = 'ok'"
+            ),
+            1
+        );
+        assert_eq!(
+            value::<i64>(
+                "select count(*) from tandem.check() where level not in ('ok', 'warning', 'error') or detail is null"
+            ),
+            0
+        );
     }
 }
