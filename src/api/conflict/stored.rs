@@ -2,7 +2,7 @@
 //! decision that travels.
 use crate::error::{Error, Result};
 use crate::pg::identity::ActingAs;
-use crate::{capture, clock};
+use crate::{apply, capture, clock};
 use pgrx::prelude::*;
 use tandem_model::change::Item;
 use tandem_model::hlc::NodeId;
@@ -168,32 +168,9 @@ impl Stored {
             resolution: resolution.map(str::to_string),
             note: note.map(str::to_string).or_else(|| self.record.decision.note.take()),
         };
-        self.save()?;
+        apply::conflict::upsert(self.record.clone())?;
         let bytes = serde_json::to_vec(&self.record).map_err(|e| Error::bug(e.to_string()))?;
         capture::emit(&Item::Record(serde_bytes::Bytes::new(&bytes)));
-        Ok(())
-    }
-
-    fn save(&self) -> Result<()> {
-        let decision = &self.record.decision;
-        let text = serde_json::to_string(&self.record).map_err(|e| Error::bug(e.to_string()))?;
-        let _catalog = ActingAs::superuser();
-        Spi::run_with_args(
-            "update tandem.conflict set status = $2, decision_version = $3::int8::tandem.hlc, resolved_by = $4,
-                    resolved_at = timestamptz 'epoch' + $5::int8 * interval '1 microsecond',
-                    conflict_resolution = $6, note = $7, record = $8::json
-             where conflict_id = $1",
-            &[
-                pgrx::Uuid::from_bytes(*self.record.conflict_id.as_bytes()).into(),
-                status_name(decision.status).into(),
-                (decision.version.0 as i64).into(),
-                decision.by.clone().into(),
-                decision.at.into(),
-                decision.resolution.clone().into(),
-                decision.note.clone().into(),
-                text.into(),
-            ],
-        )?;
         Ok(())
     }
 }

@@ -14,7 +14,7 @@ fn record(
     images: [Option<&str>; 4],
 ) -> String {
     let winning = crate::clock::tick();
-    let losing = Hlc::from_parts(winning.unix_millis() - 1, 0, NodeId(2)).expect("a time of today");
+    let losing = Hlc::from_parts(winning.unix_millis() - 1, winning.counter(), NodeId(2)).expect("a time of today");
     let key = raw("{\"id\":1}");
     let image = |text: &str| Image { rank: (1, winning), tuple: raw(text) };
     let [base, local, remote, result] = images.map(|text| text.map(image));
