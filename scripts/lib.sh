@@ -59,5 +59,6 @@ private_home() {
             ln -s "$away" "$home"
         fi
     fi
-    echo "$home"
+    # Without links: the way through /root is closed to servers.
+    readlink -f "$home"
 }
