@@ -42,6 +42,7 @@
 //! once, atomic, convergent, nothing lost without a record) are spelled out in the README.
 pgrx::pg_module_magic!(name, version);
 
+mod apply;
 mod capture;
 mod clock;
 mod error;

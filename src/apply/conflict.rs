@@ -1,0 +1,303 @@
+//! Conflict records: what a change met here and what was lost by it, written in the transaction that
+//! dropped the value, and the join of those that come from the peer.
+use super::image::{self, Content};
+use super::route::Local;
+use super::row::Work;
+use crate::clock;
+use crate::error::{Error, Result};
+use crate::pg::identity::ActingAs;
+use crate::relation::SyncedRelation;
+use pgrx::prelude::*;
+use serde_json::value::RawValue;
+use std::collections::BTreeMap;
+use tandem_model::change::Op;
+use tandem_model::hlc::Hlc;
+use tandem_model::judge::{Effect, Existence, Loss, RowState, Verdict};
+use tandem_model::record::{ConflictType, Decision, Image, Record, Status};
+use tandem_model::stable::Stable;
+use tandem_model::versions::CellId;
+use uuid::Uuid;
+
+/// The policy under which both sides settle by themselves.
+const LAST_UPDATE_WINS: &str = "last_update_wins";
+/// Bytes of one record that are still written; two images of a row must fit.
+const MAX_RECORD: usize = 512 * 1024 * 1024;
+
+/// A change and what it met.
+pub struct Pair<'a> {
+    pub rel: &'a SyncedRelation,
+    pub local: &'a Local<'a>,
+    pub state: &'a RowState,
+    pub stable: &'a Stable,
+    pub verdict: &'a Verdict,
+    /// What is stored, of the row or of its tombstone.
+    pub stored: &'a Content,
+}
+
+/// Writes a record for each loss, here now and to the peer with this commit.
+pub fn record(pair: &Pair<'_>, work: &mut Work) -> Result<()> {
+    let key = image::key_json(pair.rel, &pair.local.key)?;
+    let tuples = pair.tuples(work)?;
+    let result = pair.result()?;
+    for loss in &pair.verdict.losses {
+        let record = Record {
+            conflict_id: Record::id(&pair.rel.schema, &pair.rel.table, key.get(), loss.losing),
+            schema: pair.rel.schema.clone(),
+            table: pair.rel.table.clone(),
+            key: key.clone(),
+            conflict_type: loss.conflict,
+            constraint_name: None,
+            losing: loss.losing,
+            winning: loss.winning,
+            cells: cell_names(pair.rel, &loss.cells),
+            base: pair.base(loss)?,
+            tuples: tuples.clone(),
+            result: result.clone(),
+            policy: LAST_UPDATE_WINS.to_string(),
+            detected_at: now_us(),
+            decision: undecided(),
+        };
+        if upsert(record.clone())? {
+            work.records.push(to_bytes(&record)?);
+        }
+    }
+    Ok(())
+}
+
+/// At detection nobody has decided.
+pub fn undecided() -> Decision {
+    Decision { version: Hlc(0), status: Status::Auto, by: None, at: None, resolution: None, note: None }
+}
+
+fn to_bytes(record: &Record) -> Result<Vec<u8>> {
+    serde_json::to_vec(record).map_err(|e| Error::bug(format!("a conflict record is not JSON: {e}")))
+}
+
+/// Microseconds since the Unix epoch.
+pub fn now_us() -> i64 {
+    const POSTGRES_EPOCH_US: i64 = 946_684_800_000_000;
+    // SAFETY: reads the clock.
+    unsafe { pg_sys::GetCurrentTimestamp() }.saturating_add(POSTGRES_EPOCH_US)
+}
+
+impl Pair<'_> {
+    fn same_life(&self) -> bool {
+        self.local.change.op != Op::Insert
+            && self.state.existence != Existence::Absent
+            && self.stable.same(self.local.change.life, self.state.versions.birth)
+    }
+
+    /// This node's row, and the peer's: as far as the change tells, completed from the row it belongs to.
+    fn tuples(&self, work: &Work) -> Result<BTreeMap<u8, Image>> {
+        let mut tuples = BTreeMap::new();
+        if self.state.existence == Existence::Live {
+            let tuple = image::to_json(self.rel, self.stored)?;
+            tuples.insert(work.own.0, Image { rank: (1, self.state.hlc), tuple });
+        }
+        let change = &self.local.change;
+        if change.op != Op::Delete {
+            let content = if self.same_life() {
+                let mut content = self.stored.clone();
+                image::overlay(&mut content, &self.local.new);
+                content
+            } else {
+                image::of_arrived(self.rel, &self.local.key, &self.local.new)
+            };
+            let tuple = image::to_json(self.rel, &content)?;
+            tuples.insert(work.peer.0, Image { rank: (0, change.version), tuple });
+        }
+        Ok(tuples)
+    }
+
+    /// What both sides started from: the values that the change replaced, over the row they belong to.
+    fn base(&self, loss: &Loss) -> Result<Option<Image>> {
+        let change = &self.local.change;
+        if !self.same_life() || change.op != Op::Update {
+            return Ok(None);
+        }
+        let all: Vec<CellId> = change.cells.iter().map(|c| c.cell).collect();
+        let cells = if loss.cells.is_empty() { &all } else { &loss.cells };
+        let mut content = self.stored.clone();
+        image::overlay(&mut content, &self.local.old_values(cells));
+        let version = cells.iter().map(|c| change.base.cell(*c)).max().unwrap_or_default();
+        Ok(Some(Image { rank: (0, version), tuple: image::to_json(self.rel, &content)? }))
+    }
+
+    /// What the row is afterwards; nothing if it doesn't show.
+    fn result(&self) -> Result<Option<Image>> {
+        let taken = |cells: &[CellId]| {
+            let mut content = self.stored.clone();
+            let arrived = self.local.new.iter().filter(|(i, _)| cells.contains(&self.rel.columns[*i].cell));
+            image::overlay(&mut content, &arrived.copied().collect::<Vec<_>>());
+            content
+        };
+        let live = self.state.existence == Existence::Live;
+        let content = match &self.verdict.effect {
+            Effect::Insert | Effect::Replace => image::of_arrived(self.rel, &self.local.key, &self.local.new),
+            Effect::Update(cells) | Effect::Revive(cells) => taken(cells),
+            Effect::Keep | Effect::Restamp if live => self.stored.clone(),
+            _ => return Ok(None),
+        };
+        let tuple = image::to_json(self.rel, &content)?;
+        Ok(Some(Image { rank: (0, self.verdict.hlc), tuple }))
+    }
+}
+
+/// Names by which both nodes know cells: the sorted names of their columns.
+pub fn cell_names(rel: &SyncedRelation, cells: &[CellId]) -> Vec<String> {
+    let mut names: Vec<String> = cells
+        .iter()
+        .map(|cell| {
+            let mut columns: Vec<_> = rel.cell_columns(*cell).map(|c| c.name.as_str()).collect();
+            columns.sort_unstable();
+            if *cell == 0 { "row".to_string() } else { columns.join(",") }
+        })
+        .collect();
+    names.sort_unstable();
+    names.dedup();
+    names
+}
+
+/// A record that this node makes outside of a pair (a truncate, say).
+pub fn record_of(
+    rel: &SyncedRelation,
+    key: Box<RawValue>,
+    conflict_type: ConflictType,
+    losing: Hlc,
+    winning: Hlc,
+    tuples: BTreeMap<u8, Image>,
+) -> Record {
+    Record {
+        conflict_id: Record::id(&rel.schema, &rel.table, key.get(), losing),
+        schema: rel.schema.clone(),
+        table: rel.table.clone(),
+        key,
+        conflict_type,
+        constraint_name: None,
+        losing,
+        winning,
+        cells: Vec::new(),
+        base: None,
+        tuples,
+        result: None,
+        policy: LAST_UPDATE_WINS.to_string(),
+        detected_at: now_us(),
+        decision: undecided(),
+    }
+}
+
+/// Writes a record that this node made, and has it travel.
+pub fn keep(record: Record, work: &mut Work) -> Result<()> {
+    let bytes = to_bytes(&record)?;
+    if upsert(record)? {
+        work.records.push(bytes);
+    }
+    Ok(())
+}
+
+/// Joins a record (or a decision) of the peer into the history.
+pub fn receive(bytes: &[u8]) -> Result<()> {
+    let damaged = |why: String| {
+        Error::operator(
+            PgSqlErrorCode::ERRCODE_PROTOCOL_VIOLATION,
+            format!("the peer sent a conflict record that cannot be read: {why}"),
+            "The sending side is damaged or speaks another protocol; see its server log.",
+        )
+    };
+    if bytes.len() > MAX_RECORD {
+        return Err(damaged(format!("{} bytes", bytes.len())));
+    }
+    let record: Record = serde_json::from_slice(bytes).map_err(|e| damaged(e.to_string()))?;
+    let id = Record::id(&record.schema, &record.table, record.key.get(), record.losing);
+    if id != record.conflict_id {
+        return Err(damaged("its id is not that of its key and version".to_string()));
+    }
+    // A later decision here must be later than this one; and no version may come from the far future.
+    for version in [record.decision.version, record.losing, record.winning] {
+        clock::observe(version.0)?;
+    }
+    upsert(record).map(drop)
+}
+
+/// Joins a record into the table. False if it said nothing new.
+pub fn upsert(record: Record) -> Result<bool> {
+    let _superuser = ActingAs::superuser();
+    let Some(stored) = read_for_update(record.conflict_id)? else {
+        write(&record, INSERT)?;
+        return Ok(true);
+    };
+    let before = to_bytes(&stored)?;
+    let mut joined = stored;
+    joined.join(record);
+    if to_bytes(&joined)? == before {
+        return Ok(false);
+    }
+    write(&joined, UPDATE)?;
+    Ok(true)
+}
+
+fn sql_uuid(id: Uuid) -> pgrx::Uuid {
+    pgrx::Uuid::from_bytes(*id.as_bytes())
+}
+
+fn read_for_update(id: Uuid) -> Result<Option<Record>> {
+    let query = "select record::text from tandem.conflict where conflict_id = $1 for update";
+    let text = Spi::connect_mut(|client| -> std::result::Result<_, pgrx::spi::Error> {
+        let table = client.update(query, Some(1), &[sql_uuid(id).into()])?.first();
+        if table.is_empty() { Ok(None) } else { table.get_one::<String>() }
+    })?;
+    let parse = |text: String| serde_json::from_str(&text).map_err(|e| Error::bug(format!("conflict {id} cannot be read: {e}")));
+    text.map(parse).transpose()
+}
+
+const INSERT: &str = "
+    insert into tandem.conflict (conflict_id, schema_name, table_name, conflict_type, constraint_name, key_tuple,
+        losing_version, winning_version, cells, status, decision_version, detected_at, resolved_by, resolved_at,
+        conflict_resolution, note, policy, record)
+    values ($1, $2, $3, $4, $5, $6::json, $7::int8::tandem.hlc, $8::int8::tandem.hlc, $9, $10,
+        $11::int8::tandem.hlc, 'epoch'::timestamptz + $12 * interval '1 microsecond', $13,
+        'epoch'::timestamptz + $14 * interval '1 microsecond', $15, $16, $17, $18::json)";
+
+const UPDATE: &str = "
+    update tandem.conflict set schema_name = $2, table_name = $3, conflict_type = $4, constraint_name = $5,
+        key_tuple = $6::json, losing_version = $7::int8::tandem.hlc, winning_version = $8::int8::tandem.hlc,
+        cells = $9, status = $10, decision_version = $11::int8::tandem.hlc,
+        detected_at = 'epoch'::timestamptz + $12 * interval '1 microsecond', resolved_by = $13,
+        resolved_at = 'epoch'::timestamptz + $14 * interval '1 microsecond', conflict_resolution = $15,
+        note = $16, policy = $17, record = $18::json
+    where conflict_id = $1";
+
+fn write(record: &Record, query: &str) -> Result<()> {
+    let decision = &record.decision;
+    let text = String::from_utf8(to_bytes(record)?).map_err(|e| Error::bug(e.to_string()))?;
+    let arguments = [
+        sql_uuid(record.conflict_id).into(),
+        record.schema.as_str().into(),
+        record.table.as_str().into(),
+        name_of(&record.conflict_type)?.into(),
+        record.constraint_name.as_deref().into(),
+        record.key.get().into(),
+        (record.losing.0 as i64).into(),
+        (record.winning.0 as i64).into(),
+        record.cells.clone().into(),
+        name_of(&decision.status)?.into(),
+        (decision.version.0 as i64).into(),
+        record.detected_at.into(),
+        decision.by.as_deref().into(),
+        decision.at.into(),
+        decision.resolution.as_deref().into(),
+        decision.note.as_deref().into(),
+        record.policy.as_str().into(),
+        text.as_str().into(),
+    ];
+    let written = Spi::connect_mut(|client| client.update(query, None, &arguments).map(|t| t.len()))?;
+    if written == 1 { Ok(()) } else { Err(Error::bug(format!("conflict {} was not written", record.conflict_id))) }
+}
+
+/// The name that serde gives a variant: the one that users see.
+fn name_of(value: &impl serde::Serialize) -> Result<String> {
+    match serde_json::to_value(value) {
+        Ok(serde_json::Value::String(name)) => Ok(name),
+        _ => Err(Error::bug("a conflict type or status without a name")),
+    }
+}

@@ -1,0 +1,329 @@
+//! One change of one row: lock first, look at the versions, let the model judge, do what it says.
+use super::conflict;
+use super::constraints::Gone;
+use super::image::{self, Content};
+use super::route::{Local, Route};
+use super::table::{Row, Table, set_value, value_of};
+use crate::error::{Error, Result};
+use crate::pg::identity::ActingAs;
+use crate::registry;
+use crate::relation::SyncedRelation;
+use crate::shmem;
+use crate::tombstone::{self, Tombstone};
+use crate::value;
+use pgrx::prelude::*;
+use std::collections::HashSet;
+use std::sync::atomic::Ordering::Acquire;
+use tandem_model::change::{Change, Op};
+use tandem_model::hlc::{Hlc, Mark, NodeId};
+use tandem_model::judge::{Effect, Existence, RowState, Verdict, judge};
+use tandem_model::stable::Stable;
+use tandem_model::versions::CellId;
+
+/// What one source transaction needs to know, and what it leaves behind for its end.
+pub struct Work {
+    pub own: NodeId,
+    pub peer: NodeId,
+    /// The peer's stable point that is in force for this source transaction.
+    pub stable_peer: Hlc,
+    pub mark: Mark,
+    /// Conflict records that this node made: they travel with this local commit.
+    pub records: Vec<Vec<u8>>,
+    /// Parents that went, to be looked at once the source transaction is whole.
+    pub gone: Vec<Gone>,
+    /// Something waits in the trigger queue.
+    pub queued: bool,
+    /// Rows whose insertion is put off to the end, if unique values change places within the transaction.
+    pub parked: Option<Parked>,
+    /// This local transaction has taken versions of its own on purpose.
+    pub writes_own: bool,
+}
+
+/// Rows that were taken out, or not put in yet.
+#[derive(Default)]
+pub struct Parked {
+    pub rows: Vec<(pg_sys::Oid, pg_sys::HeapTuple)>,
+    pub keys: HashSet<(pg_sys::Oid, Vec<u8>)>,
+}
+
+impl Work {
+    pub fn stable(&self) -> Stable {
+        let own = shmem::database().stable_own.load(Acquire);
+        Stable { own: (self.own, Hlc(own)), peer: (self.peer, self.stable_peer) }
+    }
+}
+
+/// What this node holds of the key.
+struct Held {
+    row: Option<Row>,
+    tombstone: Option<Tombstone>,
+    state: RowState,
+}
+
+/// Applies a change. A Postgres ERROR passes through.
+pub fn apply(table: &mut Table, route: &Route, sent: &Change<'_>, work: &mut Work) -> Result<()> {
+    validate(sent, work)?;
+    let _memory = table.enter_row_memory();
+    let _owner = ActingAs::owner(table.synced.owner);
+    let local = route.translate(sent)?;
+    let key = key_bytes(&table.synced, &local.key);
+    let held = hold(table, &local, &key)?;
+    let stable = work.stable();
+    let stored = Stored::new(table, &held)?;
+    let verdict = {
+        let rel = &table.synced;
+        let mut same = |cell: CellId| stored.same(rel, &local, cell);
+        judge(&held.state, &local.change, &stable, &mut same)
+    };
+    if !verdict.losses.is_empty() {
+        let pair = conflict::Pair {
+            rel: &table.synced,
+            local: &local,
+            state: &held.state,
+            stable: &stable,
+            verdict: &verdict,
+            stored: &stored.content,
+        };
+        conflict::record(&pair, work)?;
+    }
+    execute(table, &local, &key, held, &stored.content, &verdict, work)?;
+    work.queued |= table.queues();
+    refuse_trigger_writes(table, work)
+}
+
+/// What the peer says must be its own to say (I13).
+fn validate(change: &Change<'_>, work: &Work) -> Result<()> {
+    let limit = work.mark.position.0;
+    let bad = |v: Hlc| v.node() != work.peer || v.0 > limit;
+    let birth = change.op == Op::Insert && bad(change.life);
+    if !bad(change.version) && !birth && !change.cells.iter().any(|c| bad(c.version) || c.version > change.version) {
+        return Ok(());
+    }
+    Err(Error::operator(
+        PgSqlErrorCode::ERRCODE_PROTOCOL_VIOLATION,
+        "the peer sent a change under a version that is not its own or lies above the transaction's position",
+        "The sending side is damaged or not what it says it is; see its server log.",
+    ))
+}
+
+fn hold(table: &mut Table, local: &Local<'_>, key: &[u8]) -> Result<Held> {
+    let row = table.lock_row(&local.key, local.change.op == Op::Delete);
+    if let Some(row) = row {
+        let (hlc, versions) = table.versions_of(&row)?;
+        let state = RowState { existence: Existence::Live, hlc, versions };
+        return Ok(Held { row: Some(row), tombstone: None, state });
+    }
+    let tombstone = tombstone::find(table.synced.relid, key);
+    let state = match &tombstone {
+        Some(t) => RowState { existence: Existence::Tombstone, hlc: t.hlc, versions: t.versions.clone() },
+        None => RowState { existence: Existence::Absent, hlc: Hlc(0), versions: Default::default() },
+    };
+    Ok(Held { row: None, tombstone, state })
+}
+
+/// The stored content, of a row or of a tombstone.
+struct Stored {
+    content: Content,
+}
+
+impl Stored {
+    fn new(table: &Table, held: &Held) -> Result<Stored> {
+        let content = match (&held.row, &held.tombstone) {
+            (Some(row), _) => image::of_row(&table.synced, row),
+            (None, Some(tombstone)) => image::of_tombstone(&table.synced, tombstone)?,
+            (None, None) => vec![None; table.synced.columns.len()],
+        };
+        Ok(Stored { content })
+    }
+
+    /// True if all that the change says of a cell is stored already.
+    fn same(&self, rel: &SyncedRelation, local: &Local<'_>, cell: CellId) -> bool {
+        local
+            .new
+            .iter()
+            .filter(|(column, _)| rel.columns[*column].cell == cell)
+            .all(|(column, new)| match self.content[*column] {
+                Some(stored) => value::equal(&rel.columns[*column], stored, *new),
+                None => false,
+            })
+    }
+}
+
+fn execute(
+    table: &mut Table,
+    local: &Local<'_>,
+    key: &[u8],
+    held: Held,
+    stored: &Content,
+    verdict: &Verdict,
+    work: &mut Work,
+) -> Result<()> {
+    let had_tombstone = held.tombstone.is_some();
+    match (&verdict.effect, held.row) {
+        (Effect::Keep, _) => {}
+        (Effect::Missing, None) => nothing_came_meanwhile(table, local)?,
+        (Effect::Missing, Some(_)) => {}
+        (Effect::Insert, None) => {
+            let mut row = born(table, local);
+            table.set_versions(&mut row, verdict.hlc, &verdict.versions);
+            put_row(table, key, &row, had_tombstone, work);
+        }
+        (Effect::Revive(cells), None) => {
+            let mut content = stored.clone();
+            image::overlay(&mut content, &of_cells(table, local, cells));
+            let mut row = row_of(table, local, &content);
+            table.set_versions(&mut row, verdict.hlc, &verdict.versions);
+            put_row(table, key, &row, had_tombstone, work);
+        }
+        (Effect::Restamp, Some(row)) => replace_row(table, key, &row, row.clone(), verdict, work),
+        (Effect::Update(cells), Some(old)) => {
+            let mut row = old.clone();
+            for (column, value) in of_cells(table, local, cells) {
+                let column = &table.synced.columns[column];
+                set_value(&mut row, column, value);
+            }
+            replace_row(table, key, &old, row, verdict, work);
+        }
+        (Effect::Replace, Some(old)) => {
+            let row = born(table, local);
+            replace_row(table, key, &old, row, verdict, work);
+        }
+        (Effect::Delete, Some(old)) => {
+            bury(table, key, stored, verdict);
+            note_gone(table, &old, None, work);
+            table.delete();
+        }
+        (Effect::Restamp | Effect::Delete, None) => {
+            bury(table, key, stored, verdict);
+            nothing_came_meanwhile(table, local)?;
+        }
+        (Effect::UpdateTombstone(cells), None) => {
+            let mut content = stored.clone();
+            image::overlay(&mut content, &of_cells(table, local, cells));
+            bury(table, key, &content, verdict);
+            nothing_came_meanwhile(table, local)?;
+        }
+        (effect, row) => {
+            let what = if row.is_some() { "a row that shows" } else { "a row that does not show" };
+            return Err(Error::bug(format!("{effect:?} on {what}")));
+        }
+    }
+    Ok(())
+}
+
+/// The values that arrived for these cells.
+fn of_cells(table: &Table, local: &Local<'_>, cells: &[CellId]) -> super::route::Arrived {
+    local.new.iter().filter(|(column, _)| cells.contains(&table.synced.columns[*column].cell)).copied().collect()
+}
+
+/// A row of what arrived; columns that the change doesn't know take their defaults.
+fn born(table: &mut Table, local: &Local<'_>) -> Row {
+    let content = image::of_arrived(&table.synced, &local.key, &local.new);
+    row_of(table, local, &content)
+}
+
+fn row_of(table: &mut Table, local: &Local<'_>, content: &Content) -> Row {
+    let rel = table.synced.clone();
+    let mut row = vec![None; rel.natts];
+    for (column, known) in rel.columns.iter().zip(content) {
+        let value = match known {
+            Some(value) => *value,
+            None => table.default_of(column.attnum),
+        };
+        set_value(&mut row, column, value);
+    }
+    for (value, column) in local.key.iter().zip(&rel.key) {
+        set_value(&mut row, &rel.columns[*column], Some(*value));
+    }
+    row
+}
+
+fn put_row(table: &mut Table, key: &[u8], row: &Row, had_tombstone: bool, work: &mut Work) {
+    if had_tombstone {
+        tombstone::remove(table.synced.relid, key);
+    }
+    match &mut work.parked {
+        Some(parked) => park(table, key, row, parked),
+        None => table.insert(row),
+    }
+}
+
+fn replace_row(table: &mut Table, key: &[u8], old: &Row, mut row: Row, verdict: &Verdict, work: &mut Work) {
+    table.set_versions(&mut row, verdict.hlc, &verdict.versions);
+    note_gone(table, old, Some(&row), work);
+    match &mut work.parked {
+        Some(parked) => {
+            park(table, key, &row, parked);
+            table.delete();
+        }
+        None => table.update(&row),
+    }
+}
+
+fn park(table: &mut Table, key: &[u8], row: &Row, parked: &mut Parked) {
+    let relid = table.synced.relid;
+    parked.rows.push((relid, table.keep(row)));
+    parked.keys.insert((relid, key.to_vec()));
+}
+
+/// Writes a tombstone with the row's last content.
+fn bury(table: &Table, key: &[u8], content: &Content, verdict: &Verdict) {
+    let rel = &table.synced;
+    let tombstone = Tombstone {
+        hlc: verdict.hlc,
+        versions: verdict.versions.clone(),
+        image: image::to_bytes(rel, content),
+        descriptor: rel.descriptor,
+    };
+    tombstone::put(rel.relid, key, &tombstone);
+}
+
+/// A local session may have inserted the key after it was looked for; it looks for tombstones after its
+/// row is in the heap, so one of the two sees the other.
+fn nothing_came_meanwhile(table: &mut Table, local: &Local<'_>) -> Result<()> {
+    if table.lock_row(&local.key, false).is_none() {
+        return Ok(());
+    }
+    Err(Error::retry(
+        PgSqlErrorCode::ERRCODE_T_R_SERIALIZATION_FAILURE,
+        format!("a row of table {} was inserted while a change of its key was applied", table.synced.display_name()),
+    ))
+}
+
+fn note_gone(table: &Table, old: &Row, new: Option<&Row>, work: &mut Work) {
+    for key in &table.parents_of {
+        work.gone.extend(key.gone(&table.synced, old, new));
+    }
+}
+
+/// What an ENABLE ALWAYS trigger writes to a synced table would be a local write in the peer's name.
+pub fn refuse_trigger_writes(table: &Table, work: &Work) -> Result<()> {
+    if table.user_triggers.is_empty() || work.writes_own || registry::first().is_zero() {
+        return Ok(());
+    }
+    let names = table.user_triggers.join("\", \"");
+    Err(Error::operator(
+        PgSqlErrorCode::ERRCODE_TRIGGERED_ACTION_EXCEPTION,
+        format!(
+            "trigger \"{names}\" of table {} wrote to a synced table while a change of the peer was applied",
+            table.synced.display_name()
+        ),
+        "What the trigger writes comes from the peer already: let it not fire on apply (ALTER TABLE … ENABLE TRIGGER …).",
+    ))
+}
+
+/// The bytes of a key, as tombstones know it.
+pub fn key_bytes(rel: &SyncedRelation, key: &[pg_sys::Datum]) -> Vec<u8> {
+    let encoded = |(value, column): (&pg_sys::Datum, &usize)| {
+        let mut out = Vec::new();
+        value::encode(&rel.columns[*column], *value, &mut out);
+        out
+    };
+    let values: Vec<Vec<u8>> = key.iter().zip(&rel.key).map(encoded).collect();
+    value::encode_key(&values.iter().map(|v| Some(v.as_slice())).collect::<Vec<_>>())
+}
+
+/// The key of a stored row.
+pub fn key_of(rel: &SyncedRelation, row: &Row) -> Vec<pg_sys::Datum> {
+    rel.key.iter().filter_map(|i| value_of(row, rel.columns[*i].attnum)).collect()
+}
