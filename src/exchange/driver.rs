@@ -9,7 +9,7 @@ use crate::exchange::housekeeping::Housekeeping;
 use crate::exchange::link::{Event as Arrival, Link, Reply};
 use crate::exchange::spool::Spool;
 use crate::exchange::status::State;
-use crate::exchange::{contact, process};
+use crate::exchange::{contact, link, process};
 use crate::guc;
 use crate::shmem::Database;
 use pgrx::prelude::*;
@@ -271,7 +271,15 @@ impl Driver {
     fn act(&mut self, action: Action) -> Result<Option<Event<'static>>> {
         match action {
             Action::Connect => return Ok(Some(self.connect())),
-            Action::Disconnect => self.disconnect(),
+            Action::Disconnect => {
+                if self.contact.is_some() {
+                    // The session's own decision: nothing was heard in time.
+                    let error = link::silent();
+                    self.complain(State::Connecting, &error);
+                    self.failure = Some(error);
+                }
+                self.disconnect();
+            }
             Action::Request { after, chunks_done, bytes } => self.request(after, chunks_done, bytes)?,
             Action::Describe(descriptor) => {
                 if let Some(contact) = &mut self.contact {
@@ -415,6 +423,7 @@ impl Driver {
                 self.database.worker.stuck_at(self.queue.front().map_or(Position(0), |t| t.mark.position));
                 let retry = error.class == Class::Retry;
                 let state = if retry { State::CatchUp } else { State::Stopped };
+                let error = gave_way(error);
                 self.complain(state, &error);
                 self.trouble = Some((state, error));
                 if count > 0 { Event::Applied(count) } else { Event::ApplyFailed { retry } }
@@ -442,7 +451,8 @@ impl Driver {
         status.note_error(error);
         status.enter(state, &error.message, error.hint.as_deref());
         let told = self.trouble.as_ref().map(|(_, e)| e).into_iter().chain(&self.failure);
-        if !told.into_iter().any(|t| t.message == error.message) {
+        let ordinary = error.sqlstate == PgSqlErrorCode::ERRCODE_LOCK_NOT_AVAILABLE;
+        if !ordinary && !told.into_iter().any(|t| t.message == error.message) {
             // Without the detail: it may quote rows. `tandem.status` has it.
             pgrx::log!("tandem exchange with \"{}\" is {}: {error}", self.peer.name, state.name());
         }
@@ -475,6 +485,15 @@ impl Driver {
         let hint = (state == State::Paused).then_some("SELECT tandem.resume();");
         status.enter(state, reason, hint);
     }
+}
+
+/// That applying gave way to a user is nothing to worry about: say so.
+fn gave_way(mut error: Error) -> Error {
+    if error.sqlstate == PgSqlErrorCode::ERRCODE_LOCK_NOT_AVAILABLE {
+        error.message = "a session holds a lock that applying needs; tried again until it is free".to_string();
+        error.hint = Some("blocked_by in tandem.status is its process id.".to_string());
+    }
+    error
 }
 
 /// Applying takes its argument for good, and may have to be done again.
