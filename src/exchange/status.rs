@@ -4,6 +4,7 @@
 //! All plain atomics: a reader takes them under a turn counter and looks again if the writer was at it.
 use crate::error::{Class, Error};
 use crate::exchange::process;
+use crate::pg::identity::ActingAs;
 use pgrx::prelude::*;
 use std::sync::atomic::{AtomicI32, AtomicI64, AtomicU8, AtomicU32, AtomicU64, Ordering::*};
 use tandem_model::hlc::{Mark, Position};
@@ -249,6 +250,12 @@ fn blocked_by(pid: i32) -> Option<i32> {
     blockers?.into_iter().find(|p| *p != 0)
 }
 
+/// Name of the peer in the catalog.
+fn the_peer() -> Option<String> {
+    let _superuser = ActingAs::superuser();
+    Spi::get_one("select name from tandem.peer limit 1").ok().flatten()
+}
+
 /// The exchange workers of this database: what `tandem.status` shows beside the catalog.
 #[pg_extern(volatile, parallel_restricted)]
 #[allow(clippy::type_complexity)]
@@ -280,9 +287,9 @@ fn peer_status() -> TableIterator<
     let database = crate::shmem::database();
     let status = &database.worker;
     let [peer, reason, hint, error] = status.texts();
-    if peer.is_empty() {
-        return TableIterator::new(Vec::new());
-    }
+    // Before the first worker only the catalog knows the name; the supervisor may have said why there is none.
+    let peer = if peer.is_empty() { the_peer() } else { Some(peer) };
+    let Some(peer) = peer else { return TableIterator::new(Vec::new()) };
     let position = |raw: u64| crate::types::SqlPosition(Position(raw));
     let text = |text: String| (!text.is_empty()).then_some(text);
     let pid = Some(status.pid.load(Acquire)).filter(|p| *p != 0);
