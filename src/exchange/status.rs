@@ -216,7 +216,7 @@ impl WorkerStatus {
             let before = self.turn.load(Acquire);
             let texts = read();
             std::sync::atomic::fence(Acquire);
-            if before % 2 == 0 && self.turn.load(Relaxed) == before {
+            if before.is_multiple_of(2) && self.turn.load(Relaxed) == before {
                 return texts;
             }
             std::hint::spin_loop();
