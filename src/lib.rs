@@ -42,6 +42,7 @@
 //! once, atomic, convergent, nothing lost without a record) are spelled out in the README.
 pgrx::pg_module_magic!(name, version);
 
+mod api;
 mod apply;
 mod capture;
 mod clock;
@@ -67,6 +68,7 @@ pub extern "C-unwind" fn _PG_init() {
     if unsafe { pg_sys::process_shared_preload_libraries_in_progress } {
         shmem::init();
         capture::init();
+        exchange::init();
     }
 }
 

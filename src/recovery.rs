@@ -67,6 +67,8 @@ pub fn load(database: &Database) {
     database.raise_stable_own(Hlc(stable_own));
     database.raise_stable_peer(Hlc(stable_peer));
     database.acked.fetch_max(acked, AcqRel);
+    // Before a session can take a position of this start: it has to pass here first.
+    database.set_recovered_end(last);
     database.last_position.fetch_max(last, AcqRel);
     database.applied.fetch_max(applied, AcqRel);
     if seen != 0 {

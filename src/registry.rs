@@ -70,7 +70,7 @@ pub fn horizon() -> Position {
     let before = clock::read();
     let committing = shmem::slots().iter().filter_map(|slot| {
         let position = slot.position.load(SeqCst);
-        (position != 0 && slot.database.load(Acquire) == database).then_some(position - 1)
+        (position != 0 && slot.database.load(Acquire) == database).then(|| position - 1)
     });
     Position(committing.min().unwrap_or(u64::MAX).min(before))
 }

@@ -5,7 +5,7 @@
 //! and nothing leaves a server on the strength of shared memory alone.
 use crate::error::Error;
 use pgrx::prelude::*;
-use std::sync::atomic::{AtomicBool, AtomicI64, AtomicPtr, AtomicU32, AtomicU64, Ordering::*};
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicI64, AtomicPtr, AtomicU32, AtomicU64, Ordering::*};
 use tandem_model::hlc::{Clock, Hlc, Mark, NodeId, Position};
 use tandem_model::stable::Stable;
 use uuid::Uuid;
@@ -55,6 +55,8 @@ pub struct Database {
     pub applied: AtomicU64,
     /// Greatest position of a commit here.
     pub last_position: AtomicU64,
+    /// Where the start of the server before this one ended, plus 1; 0: not looked up.
+    ended: AtomicU64,
     /// This start's incarnation, once it is recorded.
     nonce: [AtomicU64; 2],
     /// Segment of the journal that is written now.
@@ -72,6 +74,8 @@ pub struct Region {
     pub anchor: WallAnchor,
     /// End of the last commit record that a journal's rows belong to: what must be flushed before shipping.
     pub flush_lsn: AtomicU64,
+    /// Process id of the supervisor, to wake it; 0: none yet.
+    pub supervisor: AtomicI32,
     commits: AtomicU64,
     waiters: AtomicU32,
     changed: pg_sys::ConditionVariable,
@@ -218,6 +222,13 @@ pub fn database() -> &'static Database {
     database
 }
 
+/// The entry of this session's database, if it has one.
+pub fn entry_if_any() -> Option<&'static Database> {
+    // SAFETY: set when the backend connected.
+    let oid = unsafe { pg_sys::MyDatabaseId }.to_u32();
+    region().databases.iter().find(|d| d.oid.load(Acquire) == oid)
+}
+
 /// The entry without loading it.
 pub fn entry() -> &'static Database {
     // SAFETY: set when the backend connected.
@@ -297,6 +308,16 @@ impl Database {
         self.raise_stable_own(Hlc(mark.low.0.min(mark.position.0)));
     }
 
+    /// Where the start of the server before this one ended, as the first look at the journal found it: later
+    /// ones may find positions of this start.
+    pub fn recovered_end(&self) -> u64 {
+        self.ended.load(Acquire).saturating_sub(1)
+    }
+
+    pub fn set_recovered_end(&self, position: u64) {
+        let _ = self.ended.compare_exchange(0, position + 1, AcqRel, Acquire);
+    }
+
     /// This start's incarnation; none until it is durably recorded.
     pub fn nonce(&self) -> Option<Uuid> {
         let (high, low) = (self.nonce[0].load(Acquire), self.nonce[1].load(Acquire));
@@ -326,6 +347,7 @@ impl Database {
             &self.seen_low,
             &self.applied,
             &self.last_position,
+            &self.ended,
             &self.nonce[0],
             &self.nonce[1],
         ] {
@@ -334,6 +356,7 @@ impl Database {
         self.node.store(0, Release);
         self.peer_node.store(0, Release);
         self.segment.store(0, Release);
+        self.worker.announced_stable.store(0, Release);
         self.loaded.store(false, Release);
     }
 }

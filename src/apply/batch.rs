@@ -41,12 +41,13 @@ impl Applier {
     /// Applies transactions in one local commit. Nothing of this process's state changes on an error.
     pub(super) fn run(&mut self, transactions: &mut [Transaction], careful: bool) -> Result<()> {
         let (state, newly_held) = session::transaction(|| {
-            let mut batch = Batch::new(self, careful);
+            let mut batch = Batch::new(&mut *self, careful);
             for transaction in transactions {
                 batch.transaction(transaction)?;
             }
             batch.finish()
-        })?;
+        })
+        .map_err(|e| report::name_peer(e, &self.peer.name))?;
         self.committed(state, newly_held);
         Ok(())
     }
@@ -63,7 +64,7 @@ impl Applier {
         let due: Vec<u32> = self.held.iter().copied().filter(|relid| self.is_active(*relid)).collect();
         let rest = self.held.iter().any(|relid| !due.contains(relid));
         let (state, newly_held) = session::transaction(|| {
-            let mut batch = Batch::new(self, false);
+            let mut batch = Batch::new(&mut *self, false);
             let mut ordinal = 0;
             loop {
                 let page = held::page(&batch.applier.peer.name, ordinal)?;
@@ -81,7 +82,8 @@ impl Applier {
                 batch.state.seen = batch.state.applied;
             }
             batch.finish()
-        })?;
+        })
+        .map_err(|e| report::name_peer(e, &self.peer.name))?;
         self.held.retain(|relid| !due.contains(relid));
         self.committed(state, newly_held);
         Ok(())
@@ -265,12 +267,9 @@ impl<'a> Batch<'a> {
         }
         if std::mem::take(&mut self.work.queued) {
             error::catch(|| {
-                constraints::check();
+                constraints::Checks::fire();
                 Ok(())
             })?;
-            for table in self.tables.values() {
-                row::refuse_trigger_writes(table, &self.work)?;
-            }
         }
         Ok(())
     }

@@ -246,7 +246,9 @@ fn read_for_update(id: Uuid) -> Result<Option<Record>> {
         let table = client.update(query, Some(1), &[sql_uuid(id).into()])?.first();
         if table.is_empty() { Ok(None) } else { table.get_one::<String>() }
     })?;
-    let parse = |text: String| serde_json::from_str(&text).map_err(|e| Error::bug(format!("conflict {id} cannot be read: {e}")));
+    let parse = |text: String| {
+        serde_json::from_str(&text).map_err(|e| Error::bug(format!("conflict {id} cannot be read: {e}")))
+    };
     text.map(parse).transpose()
 }
 

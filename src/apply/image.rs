@@ -38,7 +38,8 @@ pub fn of_tombstone(rel: &SyncedRelation, tombstone: &Tombstone) -> Result<Conte
 /// A descriptor that this node stored.
 fn own_shape(id: u32) -> Result<Descriptor> {
     let query = "select shape from tandem.descriptor where id = $1";
-    let shape = Spi::connect(|client| client.select(query, Some(1), &[(id as i32).into()])?.first().get_one::<String>())?;
+    let shape =
+        Spi::connect(|client| client.select(query, Some(1), &[(id as i32).into()])?.first().get_one::<String>())?;
     shape
         .and_then(|shape| serde_json::from_str(&shape).ok())
         .ok_or_else(|| Error::bug(format!("descriptor {id} is not stored")))

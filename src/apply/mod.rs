@@ -6,7 +6,7 @@
 //! cannot be applied yet waits in [`held`]; [`tables`] says why. [`progress`] remembers how far we are.
 mod batch;
 mod body;
-mod conflict;
+pub mod conflict;
 mod constraints;
 mod held;
 mod image;
@@ -172,7 +172,11 @@ impl Applier {
         if !hopeful {
             return Err(error);
         }
-        self.run(std::slice::from_mut(transaction), true)
+        match self.run(std::slice::from_mut(transaction), true) {
+            // The first one knows the row.
+            Err(again) if report::is_unique_violation(&again) => Err(error),
+            other => other,
+        }
     }
 
     /// The peer's stream is complete up to `mark`; the peer has ours up to `seen`.

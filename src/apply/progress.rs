@@ -110,7 +110,9 @@ impl Progress {
     pub fn turn(&self) -> Result<u32> {
         let other = 1 - self.table;
         let _superuser = ActingAs::superuser();
-        Spi::connect_mut(|client| client.update(format!("truncate tandem.progress_{other}").as_str(), None, &[]).map(drop))?;
+        Spi::connect_mut(|client| {
+            client.update(format!("truncate tandem.progress_{other}").as_str(), None, &[]).map(drop)
+        })?;
         Ok(other)
     }
 

@@ -28,7 +28,18 @@ pub fn on_row(mut error: Error, route: &Route, change: &Change<'_>, mark: Mark) 
         key_text(route, change),
         mark.position
     );
-    error.detail = Some(match error.detail.take() {
+    add(error, place)
+}
+
+/// Adds the transaction to an error of its end.
+pub fn at_end(error: Error, mark: Mark) -> Error {
+    add(error, format!("While applying the peer's transaction {}.", mark.position))
+}
+
+fn add(mut error: Error, place: String) -> Error {
+    // What Postgres says of a failing row is the row: no log is the place for it.
+    let detail = error.detail.take().filter(|detail| !detail.starts_with("Failing row contains"));
+    error.detail = Some(match detail {
         Some(detail) => format!("{detail} {place}"),
         None => place,
     });
@@ -38,16 +49,9 @@ pub fn on_row(mut error: Error, route: &Route, change: &Change<'_>, mark: Mark) 
     error
 }
 
-/// Adds the transaction to an error of its end.
-pub fn at_end(mut error: Error, mark: Mark) -> Error {
-    let place = format!("While applying the peer's transaction {}.", mark.position);
-    error.detail = Some(match error.detail.take() {
-        Some(detail) => format!("{detail} {place}"),
-        None => place,
-    });
-    if error.class == Class::Operator && error.hint.is_none() {
-        error.hint = Some(MEND.to_string());
-    }
+/// Puts the peer's name where a hint speaks of it.
+pub fn name_peer(mut error: Error, peer: &str) -> Error {
+    error.hint = error.hint.map(|hint| hint.replace("<peer>", &peer.replace('\'', "''")));
     error
 }
 
@@ -59,8 +63,7 @@ pub fn is_unique_violation(error: &Error) -> bool {
 
 /// The worker runs with lc_messages = C, so the constraint's name is in the message in quotes.
 fn violates(error: &Error, constraint: &str) -> bool {
-    error.sqlstate == PgSqlErrorCode::ERRCODE_UNIQUE_VIOLATION
-        && error.message.ends_with(&format!("\"{constraint}\""))
+    error.sqlstate == PgSqlErrorCode::ERRCODE_UNIQUE_VIOLATION && error.message.ends_with(&format!("\"{constraint}\""))
 }
 
 /// `key (id)=(7)`, from the bytes that travelled: no function of the server is called in a failed transaction.

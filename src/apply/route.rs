@@ -49,7 +49,11 @@ pub struct Local<'a> {
 
 impl Route {
     /// Builds the way, given the sender's table as it is now. Errors tell a person why there is none.
-    pub fn new(descriptor: &Descriptor, current: &Descriptor, local: Rc<SyncedRelation>) -> std::result::Result<Route, String> {
+    pub fn new(
+        descriptor: &Descriptor,
+        current: &Descriptor,
+        local: Rc<SyncedRelation>,
+    ) -> std::result::Result<Route, String> {
         let column = |shape: &ColumnShape| {
             let now = current.columns.iter().find(|c| c.attnum == shape.attnum);
             let local = match now {
@@ -71,9 +75,10 @@ impl Route {
                 .find(|c| c.attnum == *attnum)
                 .ok_or_else(|| "the peer's description names a key column that it does not have".to_string())
         };
-        let key = descriptor.key.iter().map(|a| by_attnum(a).and_then(column)).collect::<std::result::Result<Vec<_>, _>>()?;
-        let same_key = key.len() == local.key.len()
-            && local.key.iter().all(|l| key.iter().any(|k| k.local == Some(*l)));
+        let key =
+            descriptor.key.iter().map(|a| by_attnum(a).and_then(column)).collect::<std::result::Result<Vec<_>, _>>()?;
+        let same_key =
+            key.len() == local.key.len() && local.key.iter().all(|l| key.iter().any(|k| k.local == Some(*l)));
         if !same_key {
             return Err("the key has other columns here than on the peer".to_string());
         }

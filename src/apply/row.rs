@@ -87,7 +87,7 @@ pub fn apply(table: &mut Table, route: &Route, sent: &Change<'_>, work: &mut Wor
         conflict::record(&pair, work)?;
     }
     execute(table, &local, &key, held, &stored.content, &verdict, work)?;
-    work.queued |= table.queues();
+    work.queued |= table.has_checks();
     refuse_trigger_writes(table, work)
 }
 
@@ -138,14 +138,12 @@ impl Stored {
 
     /// True if all that the change says of a cell is stored already.
     fn same(&self, rel: &SyncedRelation, local: &Local<'_>, cell: CellId) -> bool {
-        local
-            .new
-            .iter()
-            .filter(|(column, _)| rel.columns[*column].cell == cell)
-            .all(|(column, new)| match self.content[*column] {
+        local.new.iter().filter(|(column, _)| rel.columns[*column].cell == cell).all(|(column, new)| {
+            match self.content[*column] {
                 Some(stored) => value::equal(&rel.columns[*column], stored, *new),
                 None => false,
-            })
+            }
+        })
     }
 }
 

@@ -2,7 +2,7 @@
 //!
 //! [`Table::open`] takes the lock; [`Table::close`] gives everything back before the commit. After an ERROR
 //! nothing is closed by hand: the abort does it.
-use super::constraints;
+use super::constraints::{self, Checks, Written};
 use crate::error::{Error, Result};
 use crate::pg::heap;
 use crate::relation::{self, Column, SyncedRelation};
@@ -32,8 +32,10 @@ pub struct Table {
     defaults: HashMap<i16, *mut pg_sys::ExprState>,
     /// Triggers of the user that fire here, by name.
     pub user_triggers: Vec<String>,
-    /// Constraint checks or user triggers have to be queued around each row.
-    queues: bool,
+    /// One of them is for TRUNCATE.
+    pub fires_on_truncate: bool,
+    /// Constraints that are looked at when the source transaction is whole.
+    checks: Option<Checks>,
     /// Foreign keys on this table whose action is the source's business, but whose outcome is checked here.
     pub parents_of: Vec<constraints::Referenced>,
 }
@@ -51,7 +53,11 @@ impl Table {
             Err(e) => {
                 // SAFETY: opened above.
                 unsafe { pg_sys::table_close(rel, pg_sys::NoLock as pg_sys::LOCKMODE) };
-                return if e.sqlstate == PgSqlErrorCode::ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE { Ok(None) } else { Err(e) };
+                return if e.sqlstate == PgSqlErrorCode::ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE {
+                    Ok(None)
+                } else {
+                    Err(e)
+                };
             }
         };
         if synced.hlc_attnum == 0 || synced.cells_attnum == 0 {
@@ -70,7 +76,9 @@ impl Table {
             (*info).type_ = pg_sys::NodeTag::T_ResultRelInfo;
             pg_sys::InitResultRelInfo(info, rel, 0, std::ptr::null_mut(), 0);
             pg_sys::ExecOpenIndices(info, false);
-            let user_triggers = constraints::keep_what_fires((*info).ri_TrigDesc);
+            let checks = Checks::of(&*info, estate)?;
+            let user_triggers = constraints::keep_users((*info).ri_TrigDesc);
+            let fires_on_truncate = constraints::has_truncate((*info).ri_TrigDesc);
             if !constraints::any((*info).ri_TrigDesc) {
                 (*info).ri_TrigDesc = std::ptr::null_mut();
             }
@@ -89,7 +97,8 @@ impl Table {
                 fresh: pg_sys::MakeSingleTupleTableSlot((*rel).rd_att, &raw const pg_sys::TTSOpsVirtual),
                 defaults: HashMap::new(),
                 user_triggers,
-                queues: !(*info).ri_TrigDesc.is_null(),
+                fires_on_truncate,
+                checks,
             };
             pg_sys::MemoryContextSwitchTo(previous);
             table
@@ -158,7 +167,8 @@ impl Table {
         // SAFETY: as for every executor call below: slots, estate and result relation belong together.
         unsafe {
             fill(self.fresh, row);
-            self.queued(|t| pg_sys::ExecSimpleRelationInsert(t.info, t.estate, t.fresh));
+            self.step(|t| pg_sys::ExecSimpleRelationInsert(t.info, t.estate, t.fresh));
+            self.check(Written::Insert(self.fresh));
         }
     }
 
@@ -167,34 +177,51 @@ impl Table {
         // SAFETY: the found slot holds the locked row.
         unsafe {
             fill(self.fresh, row);
-            self.queued(|t| pg_sys::ExecSimpleRelationUpdate(t.info, t.estate, &mut *t.epq, t.found, t.fresh));
+            self.step(|t| pg_sys::ExecSimpleRelationUpdate(t.info, t.estate, &mut *t.epq, t.found, t.fresh));
+            let place = &raw mut (*self.found).tts_tid;
+            self.check(Written::Update(place, self.fresh));
         }
     }
 
     /// Deletes the row that was found.
     pub fn delete(&mut self) {
         // SAFETY: the found slot holds the locked row.
-        unsafe { self.queued(|t| pg_sys::ExecSimpleRelationDelete(t.info, t.estate, &mut *t.epq, t.found)) }
+        unsafe {
+            self.step(|t| pg_sys::ExecSimpleRelationDelete(t.info, t.estate, &mut *t.epq, t.found));
+            let place = &raw mut (*self.found).tts_tid;
+            self.check(Written::Delete(place));
+        }
     }
 
-    /// One executor step; what it does is visible to the next one.
-    unsafe fn queued(&mut self, step: impl FnOnce(&mut Self)) {
+    /// One executor step, with the user's triggers that fire here.
+    unsafe fn step(&mut self, step: impl FnOnce(&mut Self)) {
+        let queues = !self.user_triggers.is_empty();
         // SAFETY: Begin and End pair up, or the abort clears the queue.
         unsafe {
-            if self.queues {
+            if queues {
                 pg_sys::AfterTriggerBeginQuery();
             }
             step(self);
-            if self.queues {
+            if queues {
                 pg_sys::AfterTriggerEndQuery(self.estate);
+            }
+        }
+    }
+
+    /// Queues the constraints' checks; what was done is visible to the next step.
+    unsafe fn check(&mut self, written: Written) {
+        // SAFETY: slots and places of this table.
+        unsafe {
+            if let Some(checks) = &self.checks {
+                checks.queue(written);
             }
             pg_sys::CommandCounterIncrement();
         }
     }
 
-    /// True if something may wait in the trigger queue after a row was written.
-    pub fn queues(&self) -> bool {
-        self.queues
+    /// True if something waits at the end of the source transaction after a row was written.
+    pub fn has_checks(&self) -> bool {
+        self.checks.is_some()
     }
 
     /// A copy of a row that outlives the change it came with (until the estate goes).

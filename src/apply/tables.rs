@@ -156,9 +156,10 @@ pub fn states() -> Result<Vec<Line>> {
             (Some(their), _) => compare(table, their),
             (None, None) => (State::MissingOnPeer, "there is no peer: call tandem.add_peer()".to_string()),
             (None, Some((name, false))) => (State::MissingOnPeer, format!("peer \"{name}\" has not been reached yet")),
-            (None, Some((name, true))) => {
-                (State::MissingOnPeer, format!("call tandem.add_table() on peer \"{name}\"; changes are kept until then"))
-            }
+            (None, Some((name, true))) => (
+                State::MissingOnPeer,
+                format!("call tandem.add_table() on peer \"{name}\"; changes are kept until then"),
+            ),
         };
         lines.push(Line { schema: table.schema.clone(), table: table.table.clone(), state, reason });
     }

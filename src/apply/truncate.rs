@@ -47,7 +47,8 @@ pub fn apply(table: Table, version: Hlc, seen: Mark, work: &mut Work) -> Result<
     let mut table = table;
     let exclusive = lock_exclusively(table.synced.relid);
     let keys = keys(&mut table, work.own, seen)?;
-    if exclusive && keys.unseen == 0 && !keys.referenced {
+    // A trigger of the user that fires on it might write: row by row it does not fire, and that is as well.
+    if exclusive && keys.unseen == 0 && !keys.referenced && !table.fires_on_truncate {
         truncate(table);
         return Ok(None);
     }
@@ -56,7 +57,7 @@ pub fn apply(table: Table, version: Hlc, seen: Mark, work: &mut Work) -> Result<
         one_row(&mut table, &key, version, seen, work)?;
         drop(memory);
     }
-    work.queued |= table.queues();
+    work.queued |= table.has_checks();
     Ok(Some(table))
 }
 

@@ -1,3 +1,54 @@
-//! Exchange.
-#[repr(C)]
-pub struct WorkerStatus {}
+//! The exchange: this node's stream served to the peer, and the peer's stream taken and handed to
+//! [`crate::apply`].
+//!
+//! [`supervisor`] starts a [`worker`] per database; its [`driver`] lets `tandem_model::session` decide and
+//! does what that says over a [`link`] (the only file that touches libpq). [`serve`] and [`handshake`] are
+//! what the peer's worker calls here; [`status`] is what everybody may see of it.
+mod catalog;
+mod contact;
+mod driver;
+mod handshake;
+mod housekeeping;
+mod incarnation;
+pub mod link;
+mod process;
+mod serve;
+mod spool;
+mod status;
+mod supervisor;
+mod worker;
+
+pub use status::WorkerStatus;
+
+use crate::shmem;
+use pgrx::prelude::*;
+use std::sync::atomic::Ordering::*;
+
+/// Background worker slots that Tandem takes: the supervisor, one per database with a peer, and one that
+/// looks into databases after a start.
+pub const FIXED_WORKERS: i32 = 2;
+
+/// Registers the supervisor; called once from `_PG_init` while shared_preload_libraries are loaded.
+pub fn init() {
+    supervisor::register();
+}
+
+/// Tells the worker of this database and the supervisor that something they act on has changed: peer,
+/// pause, tables, skew. Call it when the change is committed, or [`nudge_at_commit`] before.
+pub fn nudge() {
+    let database = shmem::entry();
+    database.bump_generation();
+    process::wake(database.worker.pid.load(Acquire));
+    process::wake(shmem::region().supervisor.load(Acquire));
+}
+
+/// [`nudge`] once the present transaction has committed.
+pub fn nudge_at_commit() {
+    pgrx::register_xact_callback(pgrx::PgXactCallbackEvent::Commit, nudge);
+}
+
+extension_sql_file!(
+    "../../sql/exchange.sql",
+    name = "exchange",
+    requires = ["catalog", handshake::handshake, serve::pull, serve::peer_tables, status::peer_status]
+);

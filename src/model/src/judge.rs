@@ -297,7 +297,8 @@ impl Pair<'_> {
                 continue; // It came before.
             }
             let seen = mine.is_zero() || self.stable.same(mine, change.base.cell(id));
-            let same = !(seen && shows) && (self.same_value)(id);
+            // What a delete ends has no content to agree with: it is lost, whatever the tombstone shows.
+            let same = shows && !seen && (self.same_value)(id);
             self.met |= !seen;
             all_same &= same || order == Ordering::Less;
             if same {

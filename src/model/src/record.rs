@@ -193,6 +193,13 @@ mod tests {
         );
     }
 
+    #[test]
+    fn the_whole_row_takes_in_any_cells() {
+        let names = |cells: &[&str]| cells.iter().map(|c| c.to_string()).collect::<Vec<_>>();
+        assert_eq!(unite(names(&["b"]), names(&["a", "b"])), ["a", "b"]);
+        assert!(unite(names(&["b"]), names(&[])).is_empty() && unite(names(&[]), names(&["b"])).is_empty());
+    }
+
     fn image() -> impl Strategy<Value = Image> {
         (0u8..2, 0u64..3, 0u8..3)
             .prop_map(|(own, v, n)| Image { rank: (own, Hlc(v)), tuple: raw(&format!(r#"{{"a":{n}}}"#)) })

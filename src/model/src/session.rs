@@ -310,7 +310,10 @@ impl Session {
             Frame::Watermark { seen, .. } if request.idle => actions.push(Action::Acknowledged(seen.position)),
             Frame::Watermark { mark, seen, stable } => {
                 if mark.position != self.received.position {
-                    return Err(Violation(format!("a watermark at {} after {}", mark.position, self.received.position)));
+                    return Err(Violation(format!(
+                        "a watermark at {} after {}",
+                        mark.position, self.received.position
+                    )));
                 }
                 self.received.low = self.received.low.max(mark.low);
                 self.held.push_back(Held::Watermark { mark: self.received, seen, stable });
@@ -402,8 +405,7 @@ impl Session {
         if self.request.is_some() || (stuck && now < self.next_request) {
             return;
         }
-        self.request =
-            Some(Request { deadline: now + self.limits.poll_ms + self.limits.peer_timeout_ms, idle: stuck });
+        self.request = Some(Request { deadline: now + self.limits.poll_ms + self.limits.peer_timeout_ms, idle: stuck });
         actions.push(Action::Request {
             after: self.received.position,
             chunks_done: self.partial.map_or(0, |p| p.done),
@@ -449,8 +451,13 @@ mod tests {
     use super::*;
     use serde_bytes::Bytes;
 
-    const LIMITS: Limits =
-        Limits { batch_transactions: 10, batch_bytes: 100, poll_ms: 1_000, peer_timeout_ms: 2_000, max_delay_ms: 5_000 };
+    const LIMITS: Limits = Limits {
+        batch_transactions: 10,
+        batch_bytes: 100,
+        poll_ms: 1_000,
+        peer_timeout_ms: 2_000,
+        max_delay_ms: 5_000,
+    };
 
     fn mark(position: u64) -> Mark {
         Mark { position: Position(position), low: Hlc(position) }
@@ -498,7 +505,11 @@ mod tests {
     fn what_is_out_of_order_is_refused() {
         assert!(open().step(1, transaction(5, 0)).is_err());
         assert!(open().step(1, watermark(9)).is_err());
-        assert!(open().step(1, Event::Frame(Frame::Chunk { position: Position(6), index: 0, items: Bytes::new(b"") })).is_err());
+        assert!(
+            open()
+                .step(1, Event::Frame(Frame::Chunk { position: Position(6), index: 0, items: Bytes::new(b"") }))
+                .is_err()
+        );
         let mut s = open();
         run(&mut s, 1, vec![transaction(6, 2)]);
         assert!(s.step(1, transaction(7, 0)).is_err());

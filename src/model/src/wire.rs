@@ -162,6 +162,15 @@ mod tests {
     }
 
     #[test]
+    fn a_list_holds_as_many_as_a_table_has_columns() {
+        for (columns, fits) in [(crate::bounded::MAX_COLUMNS, true), (crate::bounded::MAX_COLUMNS + 1, false)] {
+            let mut body = Vec::new();
+            push_item(&mut body, &delete(&vec![None; columns])).expect("it is small");
+            assert!(items(&body).all(|i| i.is_ok() == fits), "{columns}");
+        }
+    }
+
+    #[test]
     fn nothing_may_be_left_over() {
         let mut bytes = Frame::Watermark { mark: Mark::default(), seen: Mark::default(), stable: Hlc(1) }.encode();
         assert!(Frame::decode(&bytes).is_ok());

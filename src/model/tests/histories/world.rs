@@ -20,6 +20,12 @@ fn bytes(value: Value) -> &'static [u8] {
     &table[value as usize]
 }
 
+/// The new value that a change gives a cell.
+pub fn value_of(cell: &CellChange<'_>) -> Value {
+    let bytes = cell.new[0].expect("never null here");
+    Value::from_be_bytes(bytes.as_ref().try_into().expect("4 bytes"))
+}
+
 /// The net effect of a committed transaction on one key.
 pub struct Write {
     pub node: NodeId,
@@ -37,6 +43,8 @@ pub struct Write {
 pub struct World {
     pub rng: SmallRng,
     pub wall: i64,
+    /// Transactions of one statement.
+    pub short: bool,
     next_value: Value,
     life_of_value: HashMap<Value, Hlc>,
     /// True lives of the rows that deletes named, by version of the delete.
@@ -50,6 +58,7 @@ impl World {
         World {
             rng: SmallRng::seed_from_u64(seed),
             wall: 1_795_448_712_345,
+            short: false,
             next_value: COMMON,
             life_of_value: HashMap::new(),
             life_of_delete: HashMap::new(),
@@ -78,8 +87,16 @@ impl World {
         self.life_of_delete.insert(version, life);
     }
     pub fn committed(&mut self, node: NodeId, position: Position, knew: Position, change: &Change<'_>) {
-        let mut write = Write::from((change, node));
-        (write.key, write.position, write.knew) = (self.key_of(change), position, knew);
+        let mut write = Write {
+            node,
+            key: self.key_of(change),
+            op: change.op,
+            version: change.version,
+            position,
+            knew,
+            life: Hlc(0),
+            cells: change.cells.iter().map(|c| (c.cell, c.version, value_of(c))).collect(),
+        };
         write.life = match change.op {
             Op::Delete => self.life_of_delete.get(&change.version).copied().unwrap_or_default(),
             _ => write.cells.iter().find_map(|c| self.life_of_value.get(&c.2).copied()).unwrap_or_default(),
@@ -154,7 +171,7 @@ impl World {
                 }
             }
             let shows = node.rows.get(&write.key).is_some_and(|r| r.live && r.life == write.life);
-            if write.op == Op::Delete && shows && !self.on_record(node, write.key, version_of(write), None) {
+            if write.op == Op::Delete && shows && !self.on_record(node, write.key, write.version, None) {
                 return Err(format!("silent loss of a delete at {}", write.version));
             }
         }
@@ -206,8 +223,4 @@ impl World {
             None => Ok(()),
         }
     }
-}
-
-fn version_of(write: &Write) -> Hlc {
-    write.version
 }
