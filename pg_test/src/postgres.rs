@@ -90,7 +90,7 @@ pub fn as_server(command: &mut Command) {
         command.uid(user.uid.as_raw()).gid(user.gid.as_raw());
         command.env("HOME", &user.dir).env("USER", &user.name);
     }
-    command.current_dir("/").env("LC_ALL", "C.UTF-8").env("TZ", "UTC");
+    command.current_dir("/").env("LC_ALL", "C.UTF-8").env("TZ", "UTC").env_remove("RUST_BACKTRACE");
     for (name, _) in std::env::vars().filter(|(name, _)| name.starts_with("PG")) {
         command.env_remove(name);
     }

@@ -7,6 +7,7 @@ use std::collections::{BTreeSet, HashSet};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::{self, JoinHandle};
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
@@ -36,6 +37,8 @@ struct Memory {
     seen: HashSet<String>,
     /// Errors other than a lost connection or a lost race.
     errors: Vec<String>,
+    /// (key, what was done), for the report on a lost value.
+    story: Vec<(u32, String)>,
 }
 
 /// Writers at work on both nodes.
@@ -83,6 +86,7 @@ impl Workload {
             all.committed.extend(memory.committed);
             all.seen.extend(memory.seen);
             all.errors.extend(memory.errors);
+            all.story.extend(memory.story);
         }
         assert!(all.errors.is_empty(), "writers failed: {:#?}", all.errors);
         pair.wait_streaming();
@@ -91,13 +95,49 @@ impl Workload {
         let kept = kept(pair, &self.table);
         let lost: BTreeSet<&String> =
             all.committed.iter().filter(|value| !all.seen.contains(*value) && !kept.contains(*value)).collect();
-        assert!(
-            lost.is_empty(),
-            "{} of {} committed values are lost without a record: {lost:?}",
-            lost.len(),
-            all.committed.len()
-        );
+        if let Some(first) = lost.first() {
+            panic!(
+                "{} of {} committed values are lost without a record: {lost:?}\n{}",
+                lost.len(),
+                all.committed.len(),
+                story(pair, &self.table, &all.story, first)
+            );
+        }
     }
+}
+
+/// What was done to the row of a value, around the time of that value, and what is on record of it.
+fn story(pair: &Pair, table: &str, story: &[(u32, String)], value: &str) -> String {
+    const AROUND: usize = 6;
+    let quoted = format!("'{value}'");
+    let Some((key, event)) = story.iter().find(|(_, event)| event.contains(&quoted)) else {
+        return format!("nobody wrote {value}");
+    };
+    let mut events: Vec<&String> = story.iter().filter(|(other, _)| other == key).map(|(_, event)| event).collect();
+    events.sort();
+    let at = events.iter().position(|other| *other == event).unwrap_or(0);
+    let mut text = format!("what was done to row {key} around {value} (times of the statements):\n");
+    for event in &events[at.saturating_sub(AROUND)..(at + AROUND).min(events.len())] {
+        text.push_str(&format!("  {event}\n"));
+    }
+    text.push_str("on record, by losing version:\n");
+    let mut records = pair.history(table);
+    records.retain(|record| record["key_tuple"]["id"] == *key);
+    records.sort_by_key(|record| record["losing_version"].to_string());
+    for record in records {
+        let column = |name: &str| record[name].to_string();
+        text.push_str(&format!(
+            "  {} {} lost to {}: {} base {} a {} b {}\n",
+            column("conflict_type"),
+            column("losing_version"),
+            column("winning_version"),
+            column("cells"),
+            column("base_tuple"),
+            column("local_tuple"),
+            column("remote_tuple")
+        ));
+    }
+    text
 }
 
 /// Values in the table or in the images of its conflicts.
@@ -174,10 +214,15 @@ impl Writer {
     fn transaction(&mut self, client: &mut Client) -> Result<(), Failure> {
         let (mut written, mut seen) = (Vec::new(), Vec::new());
         client.try_exec("begin")?;
-        for _ in 0..self.random.random_range(1..=3) {
+        let changes = self.random.random_range(1..=3);
+        for _ in 0..changes {
             self.change(client, &mut written, &mut seen)?;
         }
         let outcome = client.try_exec("commit");
+        if outcome.is_err() {
+            let started = self.memory.story.len() - changes;
+            self.memory.story.drain(started..);
+        }
         match &outcome {
             Ok(()) => {
                 self.memory.committed.extend(written);
@@ -200,35 +245,20 @@ impl Writer {
         let old = client.try_cells(&format!("select a, b from {table} where id = {id} for update"))?;
         self.count += 1;
         let (a, b) = (format!("{}.{}a", self.name, self.count), format!("{}.{}b", self.name, self.count));
-        let Some(old) = old.into_iter().next() else {
-            client.try_exec(&format!("insert into {table} values ({id}, '{a}', '{b}')"))?;
-            written.extend([a, b]);
-            return Ok(());
+        let old = old.into_iter().next();
+        let choice = self.random.random_range(0..10);
+        let (sql, wrote, replaced) = match (&old, choice) {
+            (None, _) => (format!("insert into {table} values ({id}, '{a}', '{b}')"), vec![a, b], 0..0),
+            (_, 0 | 1) => (format!("delete from {table} where id = {id}"), vec![], 0..2),
+            (_, 2 | 3) => (format!("update {table} set a = '{a}', b = '{b}' where id = {id}"), vec![a, b], 0..2),
+            (_, 4..7) => (format!("update {table} set a = '{a}' where id = {id}"), vec![a], 0..1),
+            _ => (format!("update {table} set b = '{b}' where id = {id}"), vec![b], 1..2),
         };
-        let mut replace = |column: usize| seen.extend(old[column].clone());
-        match self.random.random_range(0..10) {
-            0 | 1 => {
-                client.try_exec(&format!("delete from {table} where id = {id}"))?;
-                replace(0);
-                replace(1);
-            }
-            2 | 3 => {
-                client.try_exec(&format!("update {table} set a = '{a}', b = '{b}' where id = {id}"))?;
-                replace(0);
-                replace(1);
-                written.extend([a, b]);
-            }
-            4..7 => {
-                client.try_exec(&format!("update {table} set a = '{a}' where id = {id}"))?;
-                replace(0);
-                written.push(a);
-            }
-            _ => {
-                client.try_exec(&format!("update {table} set b = '{b}' where id = {id}"))?;
-                replace(1);
-                written.push(b);
-            }
-        }
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        client.try_exec(&sql)?;
+        self.memory.story.push((id, format!("{:.6} {} {sql} -- was {old:?}", now.as_secs_f64(), self.name)));
+        seen.extend(old.into_iter().flat_map(|old| old[replaced.clone()].to_vec()).flatten());
+        written.extend(wrote);
         Ok(())
     }
 }

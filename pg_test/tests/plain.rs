@@ -200,10 +200,11 @@ fn s08_many_small_transactions() {
     let transactions = if full_size() { 100_000 } else { 10_000 };
     let pair = shared();
     pair.table("s08_small", "id int primary key, a text");
+    pair.b.exec("set synchronous_commit = off");
     pair.b.exec(&format!(
-        "set synchronous_commit = off;
-         do $$ begin for i in 1..{transactions} loop insert into s08_small values (i, 'x'); commit; end loop; end $$"
+        "do $$ begin for i in 1..{transactions} loop insert into s08_small values (i, 'x'); commit; end loop; end $$"
     ));
+    pair.b.exec("reset synchronous_commit");
     pair.sync();
     pair.assert_rows("select count(*) from s08_small", &[&transactions.to_string()]);
     pair.assert_converged("s08_small");
@@ -230,9 +231,9 @@ fn s08_one_large_row() {
 fn s09_a_thousand_tables() {
     let tables = if full_size() { 1000 } else { 200 };
     let pair = shared();
+    pair.exec("create schema s09");
     pair.exec(&format!(
-        "create schema s09;
-         do $$ begin for i in 1..{tables} loop
+        "do $$ begin for i in 1..{tables} loop
              execute format('create table s09.t%s (id int primary key, a text)', i);
              if i % 100 = 0 then commit; end if;
          end loop; end $$"
