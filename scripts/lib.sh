@@ -17,7 +17,7 @@ die() { printf 'error: %s\n' "$*" >&2; exit 1; }
 server_user() { if [ "$(id -u)" = 0 ]; then echo postgres; else id -un; fi; }
 
 as_server_user() {
-    if [ "$(id -u)" = 0 ]; then runuser -u postgres -- "$@"; else "$@"; fi
+    if [ "$(id -u)" = 0 ]; then (cd / && runuser -u postgres -- "$@"); else "$@"; fi
 }
 
 major_of() { "$1" --version 2>/dev/null | sed -nE 's/^PostgreSQL ([0-9]+).*/\1/p'; }
@@ -59,5 +59,6 @@ private_home() {
             ln -s "$away" "$home"
         fi
     fi
-    echo "$home"
+    # Without links: the way through /root is closed to servers.
+    readlink -f "$home"
 }

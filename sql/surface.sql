@@ -10,7 +10,8 @@ select p.name as peer,
        p.node_name, p.node_id, s.lag,
        s.received, s.applied, s.acknowledged,
        s.transactions, s.bytes, s.transactions_per_second, s.bytes_per_second,
-       s.last_error, s.last_error_sqlstate, s.last_error_class, s.last_error_at,
+       -- An error that is over is in the server log, not here.
+       e.last_error, e.sqlstate, e.error_class, e.last_error_at,
        s.pid, s.blocked_by,
        (select sum(pg_catalog.pg_total_relation_size(c.oid))::int8 from pg_catalog.pg_class c
         where c.relnamespace = 'tandem'::regnamespace and c.relkind = 'r' and c.relname ~ '^journal_') as journal_bytes,
@@ -18,7 +19,11 @@ select p.name as peer,
        (select count(*) from tandem.held h where h.peer = p.name) as held,
        (select count(*) from tandem.conflict c where c.status = 'open') as open_conflicts,
        pg_catalog.pg_total_relation_size('tandem.conflict') as history_bytes
-from tandem.peer p left join tandem.peer_status() s on s.peer = p.name;
+from tandem.peer p
+left join tandem.peer_status() s on s.peer = p.name
+left join lateral (
+    select s.last_error, s.last_error_sqlstate as sqlstate, s.last_error_class as error_class, s.last_error_at
+    where s.state <> 'streaming') e on true;
 
 create view tables as
 select c.oid::regclass as relation, t.schema_name, t.table_name, t.state, t.reason, s.granularity, s.cells,
@@ -41,10 +46,10 @@ left join tandem.synced_table s on s.relid = c.oid;
 create view conflicts with (security_barrier) as
 select f.conflict_id, f.detected_at, c.oid::regclass as relation, f.conflict_type, f.constraint_name,
        f.key_tuple, f.cells,
-       f.record -> 'base' -> 'tuple' as base_tuple,
-       f.record -> 'tuples' -> n.id::text -> 'tuple' as local_tuple,
-       f.record -> 'tuples' -> o.id::text -> 'tuple' as remote_tuple,
-       f.record -> 'result' -> 'tuple' as result_tuple,
+       f.images -> 'base' as base_tuple,
+       f.images -> n.id::text as local_tuple,
+       f.images -> o.id::text as remote_tuple,
+       f.images -> 'result' as result_tuple,
        f.losing_version, f.winning_version,
        tandem.hlc_node(f.losing_version) as losing_node,
        n.id::int4 as local_node, o.id as remote_node,
@@ -201,7 +206,7 @@ comment on column status.lag is 'how long ago this database held all that the pe
 comment on column status.received is 'position in the peer''s stream up to which it has arrived';
 comment on column status.applied is 'position in the peer''s stream up to which it shows here';
 comment on column status.acknowledged is 'position in this node''s stream up to which the peer has it for good';
-comment on column status.last_error_class is 'retry: goes away by itself; operator: waits for a person; bug';
+comment on column status.error_class is 'retry: goes away by itself; operator: waits for a person; bug';
 comment on column status.blocked_by is 'pid of a session that holds a lock the applying waits for';
 comment on column status.held is 'changes of the peer that wait until their table can take them';
 comment on view tables is 'one row per table that either side keeps in sync: how it is kept, and how it stands with the peer''s';
@@ -245,5 +250,6 @@ comment on function check_server() is 'the part of tandem.check() about the serv
 comment on function check_tables() is 'the part of tandem.check() about tables';
 comment on function check_peers() is 'the part of tandem.check() about the peer';
 comment on function has_usable_key(oid) is 'true if a table has a key that can tell its rows apart on both sides';
+comment on table journal_trim is 'how far the journal has been cleared: what the peer has, for good';
 comment on function forget_dropped() is 'event trigger: a dropped table is no longer kept in sync';
 comment on event trigger tandem_forget_dropped is 'a dropped table is no longer kept in sync';

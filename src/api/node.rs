@@ -2,7 +2,7 @@
 use super::answer;
 use crate::error::{Error, Result};
 use crate::pg::identity::ActingAs;
-use crate::{clock, shmem};
+use crate::{clock, exchange, shmem};
 use pgrx::prelude::*;
 use std::sync::atomic::Ordering::*;
 
@@ -18,11 +18,12 @@ fn create_node(name: &str, id: i32) {
 fn accept_skew() {
     clock::accept_skew();
     // The worker may be waiting for just this.
-    shmem::database().bump_generation();
+    exchange::nudge();
 }
 
 fn create(name: &str, id: i32) -> Result<()> {
-    let entry = shmem::entry();
+    // Raises unless the library is preloaded.
+    shmem::entry();
     check_name("node", name)?;
     if !(1..=63).contains(&id) {
         return Err(Error::operator(
@@ -44,7 +45,7 @@ fn create(name: &str, id: i32) -> Result<()> {
         ));
     }
     forget_on_abort();
-    entry.bump_generation();
+    exchange::nudge_at_commit();
     Ok(())
 }
 

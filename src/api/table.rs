@@ -1,9 +1,9 @@
 //! Tables that are kept in sync: taking one in, and letting it go.
 use super::{advice, answer, digest, node};
 use crate::error::{Error, Result};
+use crate::exchange;
 use crate::pg::identity::ActingAs;
 use crate::relation::{self, SyncedRelation};
-use crate::shmem;
 use pgrx::prelude::*;
 use pgrx::spi::{quote_identifier, quote_qualified_identifier};
 use pgrx::{JsonB, PgRelation};
@@ -16,7 +16,7 @@ fn add_table(rel: PgRelation, granularity: default!(&str, "'column'"), cells: de
     drop(rel);
     answer(add(relid, granularity, cells.as_ref()));
     advice::about(relid);
-    shmem::database().bump_generation();
+    exchange::nudge_at_commit();
 }
 
 /// Adds every table of a schema that can be kept in sync and is not yet; warns of those that cannot.
@@ -31,7 +31,7 @@ fn remove_table(rel: PgRelation) {
     let (relid, name) = (rel.oid(), quote_qualified_identifier(rel.namespace(), rel.name()));
     drop(rel);
     answer(remove(relid, &name));
-    shmem::database().bump_generation();
+    exchange::nudge_at_commit();
 }
 
 const TRIGGERS: [(&str, &str, &str); 4] = [
@@ -104,7 +104,7 @@ fn add_schema(schema: &str) -> Result<Vec<pg_sys::Oid>> {
     }
     // Only now is it known which of them are in.
     added.iter().for_each(|relid| advice::about(*relid));
-    shmem::database().bump_generation();
+    exchange::nudge_at_commit();
     Ok(added)
 }
 

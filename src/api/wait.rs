@@ -10,8 +10,10 @@ use pgrx::prelude::*;
 use std::sync::atomic::{AtomicU32, Ordering::*};
 use tandem_model::hlc::Hlc;
 
-/// Longest sleep (ms) between two looks: not every change that is waited for wakes the sleepers.
+/// Longest sleep (ms) between two looks: not everything that is waited for wakes the sleepers.
 const LONGEST_SLEEP_MS: i64 = 50;
+/// A sleep is this part of the time waited so far, so that a short wait ends in good time.
+const SLEEP_PART: i64 = 8;
 
 #[pg_extern(volatile, parallel_restricted)]
 fn last_position() -> SqlPosition {
@@ -64,11 +66,12 @@ fn until(timeout: Option<Interval>, done: impl Fn() -> bool) -> bool {
         if done() {
             return true;
         }
-        let left = limit.map_or(LONGEST_SLEEP_MS, |limit| limit - (clock::boot_ms() - start));
+        let waited = clock::boot_ms() - start;
+        let left = limit.map_or(LONGEST_SLEEP_MS, |limit| limit - waited);
         if left <= 0 {
             return false;
         }
-        shmem::wait_for_commit(commits, left.min(LONGEST_SLEEP_MS));
+        shmem::wait_for_commit(commits, left.min((waited / SLEEP_PART).clamp(1, LONGEST_SLEEP_MS)));
         pgrx::check_for_interrupts!();
     }
 }

@@ -215,11 +215,24 @@ impl Checks {
                     pg_sys::ExecARInsertTriggers(self.estate, self.info, slot, self.recheck, std::ptr::null_mut());
                 }
                 Written::Update(place, slot) => pg_sys::ExecARUpdateTriggers(
-                    self.estate, self.info, none(), none(), place, std::ptr::null_mut(), slot, self.recheck,
-                    std::ptr::null_mut(), false,
+                    self.estate,
+                    self.info,
+                    none(),
+                    none(),
+                    place,
+                    std::ptr::null_mut(),
+                    slot,
+                    self.recheck,
+                    std::ptr::null_mut(),
+                    false,
                 ),
                 Written::Delete(place) => pg_sys::ExecARDeleteTriggers(
-                    self.estate, self.info, place, std::ptr::null_mut(), std::ptr::null_mut(), false,
+                    self.estate,
+                    self.info,
+                    place,
+                    std::ptr::null_mut(),
+                    std::ptr::null_mut(),
+                    false,
                 ),
             }
             pg_sys::AfterTriggerEndQuery(self.estate);

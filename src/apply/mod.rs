@@ -6,7 +6,7 @@
 //! cannot be applied yet waits in [`held`]; [`tables`] says why. [`progress`] remembers how far we are.
 mod batch;
 mod body;
-mod conflict;
+pub mod conflict;
 mod constraints;
 mod held;
 mod image;

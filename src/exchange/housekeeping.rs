@@ -97,7 +97,7 @@ fn persist_stable(database: &Database) -> Result<()> {
     process::transaction(|| {
         Spi::run("set local synchronous_commit = local")?;
         Spi::run_with_args(
-            "update tandem.journal_trim set stable = $1::int8::tandem.hlc where stable < $1::int8::tandem.hlc",
+            "update tandem.journal_trim set stable = $1::int8::tandem.hlc where stable::int8 < $1",
             &[(stable as i64).into()],
         )?;
         Ok(())

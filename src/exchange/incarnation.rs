@@ -9,6 +9,9 @@ use std::sync::atomic::Ordering::*;
 use tandem_model::hlc::Position;
 use uuid::Uuid;
 
+/// Starts that are remembered: a peer that last heard of an older one has to join anew.
+const KEPT: i64 = 1_000;
+
 /// Records this start, unless it is. In no transaction: it makes one and waits until it is on disk.
 pub fn ensure() -> Result<Uuid> {
     let fresh = Uuid::new_v4();
@@ -21,6 +24,10 @@ pub fn ensure() -> Result<Uuid> {
         Spi::run_with_args(
             "insert into tandem.incarnation (nonce, previous_end) values ($1, $2::int8::tandem.position)",
             &[sql_uuid(fresh).into(), (database.recovered_end() as i64).into()],
+        )?;
+        Spi::run_with_args(
+            "delete from tandem.incarnation where ordinal <= (select max(ordinal) from tandem.incarnation) - $1",
+            &[KEPT.into()],
         )?;
         Ok(None)
     })?;

@@ -33,18 +33,11 @@ pub fn init() {
     supervisor::register();
 }
 
-/// Tells the worker of this database and the supervisor that something they act on has changed: peer,
-/// pause, tables, skew. Call it when the change is committed, or [`nudge_at_commit`] before.
-pub fn nudge() {
-    let database = shmem::entry();
-    database.bump_generation();
+/// Wakes the worker of a database and the supervisor: something they act on has changed (peer, pause, tables,
+/// skew) and is committed. Must not raise.
+pub fn wake(database: &shmem::Database) {
     process::wake(database.worker.pid.load(Acquire));
     process::wake(shmem::region().supervisor.load(Acquire));
-}
-
-/// [`nudge`] once the present transaction has committed.
-pub fn nudge_at_commit() {
-    pgrx::register_xact_callback(pgrx::PgXactCallbackEvent::Commit, nudge);
 }
 
 extension_sql_file!(

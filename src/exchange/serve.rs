@@ -44,6 +44,8 @@ struct Noted {
     told_stable: Hlc,
     /// When (ms since boot) the last reply was given.
     told_at: i64,
+    /// Of the catalog, when the caller was last given a reason to ask for our tables.
+    generation: u64,
 }
 
 thread_local! {
@@ -54,6 +56,7 @@ thread_local! {
         told_seen: Position(0),
         told_stable: Hlc(0),
         told_at: 0,
+        generation: 0,
     }) };
     /// Descriptors that this session's caller knows.
     static TOLD: RefCell<HashSet<DescriptorId>> = RefCell::default();
@@ -76,7 +79,8 @@ fn wait_for_news(database: &Database, after: Position, timeout_ms: i64) {
         let seen = if horizon.0 >= seen_at { seen } else { noted.seen };
         let now = boot_ms();
         let mut until = deadline;
-        if noted.more {
+        // A new session is told at once where things are.
+        if noted.more || noted.horizon == Position(0) {
             break (horizon, seen);
         }
         if last > after && horizon > noted.horizon {
@@ -85,6 +89,12 @@ fn wait_for_news(database: &Database, after: Position, timeout_ms: i64) {
                 break (horizon, seen);
             }
             until = until.min(since + GRACE_MS);
+        }
+        let generation = database.catalog_generation.load(Acquire);
+        if generation != noted.generation {
+            // An empty reply makes the caller ask for our tables.
+            noted.generation = generation;
+            break (horizon, seen);
         }
         for (news, pace) in [
             (seen.position > noted.told_seen, SEEN_PACE_MS),
@@ -263,6 +273,8 @@ fn reply(after: Position, chunks_done: u32, max_bytes: usize) -> Result<Vec<Vec<
         (Some((mark, ..)), false) => (mark, noted.seen, announced_stable(database)),
         (Some(last), true) => last,
         (None, false) => (known, noted.seen, announced_stable(database)),
+        // Who asks for nothing else may hear of it: it counts for no more than what the journal may drop.
+        (None, true) if max_bytes == 0 => (known, noted.seen, Hlc(0)),
         (None, true) => (known, Mark::default(), Hlc(0)),
     };
     batch.push(&Frame::Watermark { mark, seen, stable });

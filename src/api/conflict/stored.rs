@@ -2,7 +2,7 @@
 //! decision that travels.
 use crate::error::{Error, Result};
 use crate::pg::identity::ActingAs;
-use crate::{capture, clock};
+use crate::{apply, capture, clock};
 use pgrx::prelude::*;
 use tandem_model::change::Item;
 use tandem_model::hlc::NodeId;
@@ -11,6 +11,8 @@ use tandem_model::record::{ConflictType, Decision, Image, Record, Status};
 /// A record and what this node knows around it.
 pub struct Stored {
     pub record: Record,
+    /// The same with every lost value in the loser's image.
+    shown: Record,
     /// The table of today; none if it was dropped or renamed.
     pub relid: Option<pg_sys::Oid>,
     pub own: NodeId,
@@ -68,9 +70,10 @@ impl Stored {
 
     fn from_row(row: &pgrx::spi::SpiHeapTupleData<'_>) -> Result<Stored> {
         let text: String = row.get(1)?.unwrap_or_default();
-        let record =
+        let record: Record =
             serde_json::from_str(&text).map_err(|e| Error::bug(format!("a conflict record cannot be read: {e}")))?;
         Ok(Stored {
+            shown: record.settled(),
             record,
             relid: row.get(2)?,
             own: NodeId(row.get::<i32>(3)?.unwrap_or(0) as u8),
@@ -107,17 +110,17 @@ impl Stored {
 
     /// The row as this node had it.
     pub fn local(&self) -> Side<'_> {
-        self.side(self.record.tuples.get(&self.own.0))
+        self.side(self.shown.tuples.get(&self.own.0))
     }
 
     /// The row as the other node had it.
     pub fn remote(&self) -> Side<'_> {
-        self.side(self.record.tuples.iter().find(|(node, _)| **node != self.own.0).map(|(_, image)| image))
+        self.side(self.shown.tuples.iter().find(|(node, _)| **node != self.own.0).map(|(_, image)| image))
     }
 
     /// The row as the node had it whose write lost.
     pub fn loser(&self) -> Side<'_> {
-        self.side(self.record.tuples.get(&self.record.losing_node().0))
+        self.side(self.shown.tuples.get(&self.record.losing_node().0))
     }
 
     /// The row as the conflict left it.
@@ -127,7 +130,7 @@ impl Stored {
 
     /// The row that both started from.
     pub fn base(&self) -> Side<'_> {
-        self.record.base.as_ref().map_or(Side::Unknown, Side::Row)
+        self.shown.base.as_ref().map_or(Side::Unknown, Side::Row)
     }
 
     /// Where a delete is involved, the side that has no image had no row.
@@ -168,32 +171,9 @@ impl Stored {
             resolution: resolution.map(str::to_string),
             note: note.map(str::to_string).or_else(|| self.record.decision.note.take()),
         };
-        self.save()?;
+        apply::conflict::upsert(self.record.clone())?;
         let bytes = serde_json::to_vec(&self.record).map_err(|e| Error::bug(e.to_string()))?;
         capture::emit(&Item::Record(serde_bytes::Bytes::new(&bytes)));
-        Ok(())
-    }
-
-    fn save(&self) -> Result<()> {
-        let decision = &self.record.decision;
-        let text = serde_json::to_string(&self.record).map_err(|e| Error::bug(e.to_string()))?;
-        let _catalog = ActingAs::superuser();
-        Spi::run_with_args(
-            "update tandem.conflict set status = $2, decision_version = $3::int8::tandem.hlc, resolved_by = $4,
-                    resolved_at = timestamptz 'epoch' + $5::int8 * interval '1 microsecond',
-                    conflict_resolution = $6, note = $7, record = $8::json
-             where conflict_id = $1",
-            &[
-                pgrx::Uuid::from_bytes(*self.record.conflict_id.as_bytes()).into(),
-                status_name(decision.status).into(),
-                (decision.version.0 as i64).into(),
-                decision.by.clone().into(),
-                decision.at.into(),
-                decision.resolution.clone().into(),
-                decision.note.clone().into(),
-                text.into(),
-            ],
-        )?;
         Ok(())
     }
 }

@@ -14,7 +14,7 @@ fn record(
     images: [Option<&str>; 4],
 ) -> String {
     let winning = crate::clock::tick();
-    let losing = Hlc::from_parts(winning.unix_millis() - 1, 0, NodeId(2)).expect("a time of today");
+    let losing = Hlc::from_parts(winning.unix_millis() - 1, winning.counter(), NodeId(2)).expect("a time of today");
     let key = raw("{\"id\":1}");
     let image = |text: &str| Image { rank: (1, winning), tuple: raw(text) };
     let [base, local, remote, result] = images.map(|text| text.map(image));
@@ -30,6 +30,8 @@ fn record(
         losing,
         winning,
         cells: cells.iter().map(|c| c.to_string()).collect(),
+        lost: BTreeMap::new(),
+        replaced: BTreeMap::new(),
         base,
         tuples,
         result,
@@ -46,18 +48,7 @@ fn raw(text: &str) -> Box<serde_json::value::RawValue> {
 }
 
 fn store(record: &Record) {
-    let text = serde_json::to_string(record).expect("a record is json");
-    Spi::run_with_args(
-        "insert into tandem.conflict
-         select (r->>'conflict_id')::uuid, r->>'schema', r->>'table', r->>'conflict_type', null, r->'key',
-                (r->>'losing')::int8::tandem.hlc, (r->>'winning')::int8::tandem.hlc,
-                array(select json_array_elements_text(r->'cells')), r->'decision'->>'status', '0',
-                timestamptz 'epoch' + (r->>'detected_at')::int8 * interval '1 microsecond',
-                null, null, null, null, r->>'policy', r
-         from (select $1::json as r) s",
-        &[text.into()],
-    )
-    .expect("the record is stored");
+    assert!(crate::apply::conflict::upsert(record.clone()).expect("the record is stored"), "it is new");
 }
 
 const BASE: &str = "{\"id\":1,\"a\":10,\"b\":\"base\"}";

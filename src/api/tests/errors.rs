@@ -17,7 +17,7 @@ mod tests {
     #[pg_test]
     fn add_table_refuses_what_cannot_be_synced() {
         ready();
-        run("create schema kinds; set local search_path = kinds, public");
+        run("create schema kinds; set local search_path = kinds, public, tandem");
         run("create table keyless (a int); create table deferrable_key (a int primary key deferrable);
              create table partial_key (a int not null); create unique index on partial_key (a) where a > 0;
              create unlogged table unlogged_table (a int primary key); create temp table temporary_table (a int primary key);
@@ -100,7 +100,7 @@ mod tests {
         assert_eq!(value::<i64>("select nextval('orders_id_seq')"), next + 64);
         assert_eq!(value::<i64>("select tandem.stagger_sequence('orders_id_seq')"), next + 128);
         run("select tandem.add_table('orders')");
-        let advice = "select count(*) from tandem.check() where item like 'sequence orders%'";
+        let advice = "select count(*) from tandem.check() where item like 'sequence public.orders%'";
         assert_eq!(value::<i64>(advice), 1);
         run("select tandem.stagger_sequence('orders_n_seq')");
         assert_eq!(value::<i64>(advice), 0);

@@ -9,8 +9,9 @@ mod types;
 
 use pgrx::prelude::*;
 
-/// Makes this database a node, unless it is one.
+/// Makes this database a node, unless it is one. Operators of Tandem's types are found by their path.
 fn ready() {
+    run("set local search_path = public, tandem");
     Spi::run("select tandem.create_node('tokyo', 1) where not exists (select from tandem.node)")
         .expect("the node can be created");
 }
@@ -33,9 +34,8 @@ struct Refusal {
     hint: String,
 }
 
-/// Runs a statement that must fail, in a subtransaction.
-fn refusal(statement: &str) -> Refusal {
-    run("create or replace function pg_temp.refusal(statement text) returns text[] language plpgsql as $$
+const REFUSAL: &str = "
+    create function pg_temp.refusal(statement text) returns text[] language plpgsql as $$
          declare state text; message text; detail text; hint text;
          begin
              execute statement;
@@ -44,7 +44,13 @@ fn refusal(statement: &str) -> Refusal {
              get stacked diagnostics state = returned_sqlstate, message = message_text,
                  detail = pg_exception_detail, hint = pg_exception_hint;
              return array[state, message, detail, hint];
-         end $$");
+         end $$";
+
+/// Runs a statement that must fail, in a subtransaction.
+fn refusal(statement: &str) -> Refusal {
+    if value::<bool>("select to_regprocedure('pg_temp.refusal(text)') is null") {
+        run(REFUSAL);
+    }
     let fields: Option<Vec<String>> =
         Spi::get_one_with_args("select pg_temp.refusal($1)", &[statement.into()]).expect(statement);
     let mut fields = fields.unwrap_or_else(|| panic!("was not refused: {statement}")).into_iter();

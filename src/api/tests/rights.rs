@@ -43,6 +43,7 @@ mod tests {
     #[pg_test]
     fn an_administrator_adds_own_tables_and_no_peer() {
         ready();
+        let _ = refusal("select 1 / 0");
         run("create role head in role tandem_admin; create role other; grant create on schema public to head, other");
         run("create table public.not_theirs (id int primary key)");
         run("set local role head");

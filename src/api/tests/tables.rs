@@ -109,13 +109,13 @@ mod tests {
             );
             value::<i64>(&query)
         };
-        assert_eq!(found("table no_key_here", "%no usable key%"), 1);
-        assert_eq!(found("foreign key%", "%child_in refers to table parent_aside%"), 1);
+        assert_eq!(found("table public.no_key_here", "%no usable key%"), 1);
+        assert_eq!(found("foreign key%", "%child_in refers to table public.parent_aside%"), 1);
         assert_eq!(found("foreign key%", "%child_in has no index%"), 1);
         run("create index on child_in (parent); select tandem.add_table('parent_aside')");
         assert_eq!(found("foreign key%", "%child_in%"), 0);
         run("alter table child_in disable trigger \"!tandem_capture\"");
-        assert_eq!(found("table child_in", "%disabled%"), 1);
+        assert_eq!(found("table public.child_in", "%disabled%"), 1);
         assert_eq!(
             value::<i64>(
                 "select count(*) from tandem.check() where item = 'shared_preload_libraries' and level = 'ok'"

@@ -17,6 +17,7 @@ mod tests {
 
     #[pg_test]
     fn hlc_has_its_parts() {
+        run("set local search_path = public, tandem");
         assert_eq!(value::<i32>(&format!("select tandem.hlc_node({A})")), 1);
         assert_eq!(value::<i32>(&format!("select tandem.hlc_counter({A})")), 17);
         assert!(value::<bool>(&format!("select {A}::tandem.hlc::timestamptz = '2026-11-23 15:45:12.345Z'")));
@@ -34,6 +35,7 @@ mod tests {
 
     #[pg_test]
     fn hlc_sorts_and_hashes() {
+        run("set local search_path = public, tandem");
         run("create table hlc_sorted (v tandem.hlc primary key)");
         run("insert into hlc_sorted select i::int8::tandem.hlc from generate_series(1, 500) i");
         run("analyze hlc_sorted");
@@ -51,6 +53,7 @@ mod tests {
 
     #[pg_test]
     fn versions_and_positions_are_not_compared() {
+        run("set local search_path = public, tandem");
         assert_eq!(refusal(&format!("select {A}::tandem.hlc < {A}::tandem.position")).sqlstate, "42883");
     }
 
