@@ -10,6 +10,7 @@ pub mod conflict;
 mod constraints;
 mod held;
 mod image;
+mod parents;
 mod progress;
 mod report;
 mod route;
