@@ -159,11 +159,6 @@ fn size_of_segment(number: u32) -> Result<i64> {
     Ok(Spi::get_one::<i64>(&query)?.unwrap_or(0))
 }
 
-/// Bytes on disk of the whole journal.
-pub fn size_bytes() -> Result<i64> {
-    (0..SEGMENTS).map(size_of_segment).sum()
-}
-
 fn is_empty(number: u32) -> Result<bool> {
     let query = format!(
         "select not exists (select from tandem.journal_{number}) and not exists (select from tandem.journal_chunk_{number})"

@@ -16,7 +16,6 @@ mod function {
     pub const CHECK_INSERT: u32 = 1644;
     pub const CHECK_UPDATE: u32 = 1645;
     pub const CASCADE_DELETE: u32 = 1646;
-    pub const CASCADE_UPDATE: u32 = 1647;
     pub const RESTRICT_DELETE: u32 = 1648;
     pub const RESTRICT_UPDATE: u32 = 1649;
     pub const SETDEFAULT_UPDATE: u32 = 1653;

@@ -24,10 +24,6 @@ use crate::shmem;
 use pgrx::prelude::*;
 use std::sync::atomic::Ordering::*;
 
-/// Background worker slots that Tandem takes: the supervisor, one per database with a peer, and one that
-/// looks into databases after a start.
-pub const FIXED_WORKERS: i32 = 2;
-
 /// Registers the supervisor; called once from `_PG_init` while shared_preload_libraries are loaded.
 pub fn init() {
     supervisor::register();
