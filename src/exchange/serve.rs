@@ -225,7 +225,7 @@ impl Batch {
 
 fn descriptor(id: DescriptorId) -> Result<Descriptor> {
     let shape: Option<String> =
-        Spi::get_one_with_args("select shape from tandem.descriptor where id = $1", &[(id as i32).into()])?;
+        crate::pg::query::value("select shape from tandem.descriptor where id = $1", &[(id as i32).into()])?;
     let shape =
         shape.ok_or_else(|| Error::bug(format!("the journal refers to descriptor {id}, which is not there")))?;
     let mut descriptor: Descriptor =
