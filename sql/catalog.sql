@@ -169,7 +169,9 @@ create table conflict (
     note text,
     policy text not null,
     -- the record whole, as it travels (serde_json of tandem_model::record::Record)
-    record json not null
+    record json not null,
+    -- what of it is shown: "base", "result", and one image by node id
+    images json not null
 );
 create index on conflict (schema_name, table_name);
 create index on conflict (detected_at);

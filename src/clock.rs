@@ -53,12 +53,6 @@ pub fn now_ms() -> i64 {
     wall
 }
 
-/// ms that the wall clock is ahead of what is believed; 0 when it is believed.
-pub fn ahead_ms() -> i64 {
-    now_ms();
-    shmem::region().anchor.ahead.load(Acquire)
-}
-
 /// Believes the wall clock as it is now: an operator has looked into the jump.
 pub fn accept_skew() {
     let anchor = &shmem::region().anchor;

@@ -8,6 +8,7 @@ use crate::guc;
 use crate::pg::heap::{self, Table};
 use crate::pg::identity::ActingAs;
 use crate::pg::names;
+use crate::pg::query;
 use crate::registry;
 use crate::shmem;
 use pgrx::prelude::*;
@@ -146,7 +147,7 @@ pub fn trimmed_to() -> Result<Position> {
     let _superuser = ActingAs::superuser();
     // SAFETY: a snapshot of now for one query, popped below; an ERROR pops it as well.
     unsafe { pg_sys::PushActiveSnapshot(pg_sys::GetLatestSnapshot()) };
-    let trimmed: Option<i64> = Spi::get_one("select trimmed_to::int8 from tandem.journal_trim")?;
+    let trimmed: Option<i64> = query::value("select trimmed_to::int8 from tandem.journal_trim", &[])?;
     // SAFETY: pushed above.
     unsafe { pg_sys::PopActiveSnapshot() };
     trimmed.map(|p| Position(p as u64)).ok_or_else(|| Error::bug("tandem.journal_trim is empty"))
@@ -156,19 +157,14 @@ fn size_of_segment(number: u32) -> Result<i64> {
     let query = format!(
         "select pg_total_relation_size('tandem.journal_{number}') + pg_total_relation_size('tandem.journal_chunk_{number}')"
     );
-    Ok(Spi::get_one::<i64>(&query)?.unwrap_or(0))
-}
-
-/// Bytes on disk of the whole journal.
-pub fn size_bytes() -> Result<i64> {
-    (0..SEGMENTS).map(size_of_segment).sum()
+    Ok(query::value::<i64>(&query, &[])?.unwrap_or(0))
 }
 
 fn is_empty(number: u32) -> Result<bool> {
     let query = format!(
         "select not exists (select from tandem.journal_{number}) and not exists (select from tandem.journal_chunk_{number})"
     );
-    Ok(Spi::get_one::<bool>(&query)?.unwrap_or(false))
+    Ok(query::value::<bool>(&query, &[])?.unwrap_or(false))
 }
 
 /// Goes on in the next segment when the present one is large enough, or when everything is acknowledged and
@@ -209,7 +205,7 @@ fn truncate(number: u32, acked: Position) -> Result<()> {
     let horizon = registry::horizon();
     // SAFETY: a snapshot that sees every writer that held the lock before; popped below.
     unsafe { pg_sys::PushActiveSnapshot(pg_sys::GetLatestSnapshot()) };
-    let last: Option<i64> = Spi::get_one(&format!("select max(\"position\")::int8 from tandem.journal_{number}"))?;
+    let last: Option<i64> = query::value(&format!("select max(\"position\")::int8 from tandem.journal_{number}"), &[])?;
     let last = Position(last.unwrap_or(0) as u64);
     if last <= acked && last <= horizon {
         let stable = shmem::database().stable_own.load(Acquire);

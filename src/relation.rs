@@ -18,7 +18,6 @@ pub struct Column {
     pub name: String,
     pub typid: pg_sys::Oid,
     pub typmod: i32,
-    pub collation: pg_sys::Oid,
     /// As `format_type` writes it, schema-qualified where it must be.
     pub type_name: String,
     pub transport: Transport,
@@ -254,7 +253,6 @@ fn describe_column(attribute: &pg_sys::FormData_pg_attribute, name: String, key:
         name,
         typid: attribute.atttypid,
         typmod: attribute.atttypmod,
-        collation: attribute.attcollation,
         type_name: type_name.to_string_lossy().into_owned(),
         transport: codec.transport,
         cell: 0,
@@ -289,7 +287,7 @@ fn check_kind(rel: &PgRelation) -> Result<()> {
         return refuse("a partition");
     }
     let related = "select exists (select from pg_catalog.pg_inherits where inhrelid = $1 or inhparent = $1)";
-    if Spi::get_one_with_args::<bool>(related, &[rel.oid().into()])? == Some(true) {
+    if crate::pg::query::value::<bool>(related, &[rel.oid().into()])? == Some(true) {
         return refuse("part of an inheritance tree");
     }
     if rel.namespace() == "tandem" || rel.oid().to_u32() < pg_sys::FirstNormalObjectId {

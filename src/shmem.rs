@@ -330,9 +330,16 @@ impl Database {
         self.nonce[1].store(low, Release);
     }
 
+    /// The extension's catalog is about to change: supervisor, worker and the peer's session look at it when
+    /// this transaction has committed.
     pub fn bump_generation(&self) {
-        self.catalog_generation.fetch_add(1, AcqRel);
-        wake_waiters();
+        pgrx::register_xact_callback(pgrx::PgXactCallbackEvent::Commit, || {
+            if let Some(database) = entry_if_any() {
+                database.catalog_generation.fetch_add(1, AcqRel);
+                wake_waiters();
+                crate::exchange::wake(database);
+            }
+        });
     }
 
     /// Forgets everything: the extension was created anew in this database.

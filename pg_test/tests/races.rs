@@ -273,7 +273,8 @@ fn s95_no_constraint_is_ever_violated() {
     pair.set_lines(Line::Open);
     for node in pair.nodes() {
         let reason = until(&format!("the stream of {} to stop with a reason", node.name), || {
-            let row = node.one("select coalesce(last_error_sqlstate, '') || ' ' || coalesce(last_error, '') from tandem.status");
+            let row = node
+                .one("select coalesce(last_error_sqlstate, '') || ' ' || coalesce(last_error, '') from tandem.status");
             if row.starts_with("23505") { Ok(row) } else { Err(node.report()) }
         });
         assert!(reason.contains("s95"), "{reason}");
@@ -293,7 +294,9 @@ fn s95_no_constraint_is_ever_violated() {
     pair.b.wait_rows("select count(*) from s95_child", &["0"]);
     deleting.exec("commit");
     until("the violated foreign key to be named", || {
-        let row = pair.b.one("select coalesce(last_error_sqlstate, '') || ' ' || coalesce(last_error, '') from tandem.status");
+        let row = pair
+            .b
+            .one("select coalesce(last_error_sqlstate, '') || ' ' || coalesce(last_error, '') from tandem.status");
         if row.starts_with("23503") { Ok(()) } else { Err(pair.b.report()) }
     });
     let orphans = "select count(*) from s95_child c where not exists (select from s95_parent p where p.id = c.parent)";

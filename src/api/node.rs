@@ -2,7 +2,7 @@
 use super::answer;
 use crate::error::{Error, Result};
 use crate::pg::identity::ActingAs;
-use crate::{clock, exchange, shmem};
+use crate::{clock, shmem};
 use pgrx::prelude::*;
 use std::sync::atomic::Ordering::*;
 
@@ -18,7 +18,7 @@ fn create_node(name: &str, id: i32) {
 fn accept_skew() {
     clock::accept_skew();
     // The worker may be waiting for just this.
-    exchange::nudge();
+    crate::shmem::entry().bump_generation();
 }
 
 fn create(name: &str, id: i32) -> Result<()> {
@@ -45,7 +45,7 @@ fn create(name: &str, id: i32) -> Result<()> {
         ));
     }
     forget_on_abort();
-    exchange::nudge_at_commit();
+    crate::shmem::entry().bump_generation();
     Ok(())
 }
 

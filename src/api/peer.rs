@@ -1,21 +1,20 @@
 //! The other database: adding and removing it, stopping and resuming what comes from it.
 use super::{answer, node};
 use crate::error::{Error, Result};
-use crate::exchange;
 use crate::pg::identity::ActingAs;
 use pgrx::prelude::*;
 
 #[pg_extern]
 fn add_peer(name: &str, conninfo: &str) {
     answer(add(name, conninfo));
-    exchange::nudge_at_commit();
+    crate::shmem::entry().bump_generation();
 }
 
 #[pg_extern]
 fn remove_peer(name: &str) {
     answer(change("delete from tandem.peer where name = $1 returning name", name));
     answer(forget_held(name));
-    exchange::nudge_at_commit();
+    crate::shmem::entry().bump_generation();
 }
 
 #[pg_extern]
@@ -31,7 +30,7 @@ fn resume() {
 #[pg_extern]
 fn skip(peer: &str) {
     answer(skip_failing(peer));
-    exchange::nudge_at_commit();
+    crate::shmem::entry().bump_generation();
 }
 
 fn add(name: &str, conninfo: &str) -> Result<()> {
@@ -72,7 +71,7 @@ fn already(name: &str, present: &str) -> Error {
 
 /// Anything that is wrong beyond syntax is a state of the peer, not an error here.
 fn check_conninfo(conninfo: &str) -> Result<()> {
-    exchange::link::check_conninfo(conninfo).map_err(|why| {
+    crate::exchange::link::check_conninfo(conninfo).map_err(|why| {
         Error::operator(
             PgSqlErrorCode::ERRCODE_SYNTAX_ERROR,
             format!("invalid connection string: {}", why.trim_end()),
@@ -138,6 +137,6 @@ fn set_paused(paused: bool) -> Result<()> {
     };
     let _catalog = ActingAs::superuser();
     Spi::run_with_args("update tandem.peer set paused = $2 where name = $1", &[name.into(), paused.into()])?;
-    exchange::nudge_at_commit();
+    crate::shmem::entry().bump_generation();
     Ok(())
 }

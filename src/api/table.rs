@@ -1,7 +1,6 @@
 //! Tables that are kept in sync: taking one in, and letting it go.
 use super::{advice, answer, digest, node};
 use crate::error::{Error, Result};
-use crate::exchange;
 use crate::pg::identity::ActingAs;
 use crate::relation::{self, SyncedRelation};
 use pgrx::prelude::*;
@@ -16,7 +15,7 @@ fn add_table(rel: PgRelation, granularity: default!(&str, "'column'"), cells: de
     drop(rel);
     answer(add(relid, granularity, cells.as_ref()));
     advice::about(relid);
-    exchange::nudge_at_commit();
+    crate::shmem::entry().bump_generation();
 }
 
 /// Adds every table of a schema that can be kept in sync and is not yet; warns of those that cannot.
@@ -32,7 +31,7 @@ fn remove_table(rel: PgRelation) {
     let (relid, name) = (rel.oid(), quote_qualified_identifier(rel.namespace(), rel.name()));
     drop(rel);
     answer(remove(relid, &name));
-    exchange::nudge_at_commit();
+    crate::shmem::entry().bump_generation();
 }
 
 const TRIGGERS: [(&str, &str, &str); 4] = [
@@ -105,7 +104,7 @@ fn add_schema(schema: &str) -> Result<Vec<pg_sys::Oid>> {
     }
     // Only now is it known which of them are in.
     added.iter().for_each(|relid| advice::about(*relid));
-    exchange::nudge_at_commit();
+    crate::shmem::entry().bump_generation();
     Ok(added)
 }
 

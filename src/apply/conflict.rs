@@ -12,7 +12,7 @@ use serde_json::value::RawValue;
 use std::collections::BTreeMap;
 use tandem_model::change::Op;
 use tandem_model::hlc::Hlc;
-use tandem_model::judge::{Effect, Existence, Loss, RowState, Verdict};
+use tandem_model::judge::{Effect, Existence, Loss, RowState, Side, Verdict};
 use tandem_model::record::{ConflictType, Decision, Image, Record, Status};
 use tandem_model::stable::Stable;
 use tandem_model::versions::CellId;
@@ -50,6 +50,8 @@ pub fn record(pair: &Pair<'_>, work: &mut Work) -> Result<()> {
             losing: loss.losing,
             winning: loss.winning,
             cells: cell_names(pair.rel, &loss.cells),
+            lost: pair.lost(loss)?,
+            replaced: pair.replaced(loss)?,
             base: pair.base(loss)?,
             tuples: tuples.clone(),
             result: result.clone(),
@@ -107,6 +109,33 @@ impl Pair<'_> {
             tuples.insert(work.peer.0, Image { rank: (0, change.version), tuple });
         }
         Ok(tuples)
+    }
+
+    /// The values of the losing write in the cells that it lost.
+    fn lost(&self, loss: &Loss) -> Result<BTreeMap<String, Box<RawValue>>> {
+        let held = match loss.loser {
+            Side::Local => self.stored.clone(),
+            Side::Remote => image::of_arrived(self.rel, &[], &self.local.new),
+        };
+        self.values(loss, &held)
+    }
+
+    /// What an update of the peer replaced in those cells.
+    fn replaced(&self, loss: &Loss) -> Result<BTreeMap<String, Box<RawValue>>> {
+        if self.local.change.op != Op::Update {
+            return Ok(BTreeMap::new());
+        }
+        let old = image::of_arrived(self.rel, &[], &self.local.old_values(&loss.cells));
+        self.values(loss, &old)
+    }
+
+    fn values(&self, loss: &Loss, content: &Content) -> Result<BTreeMap<String, Box<RawValue>>> {
+        let columns = self.rel.columns.iter().zip(content);
+        columns
+            .filter(|(column, _)| column.key_ordinal.is_none() && loss.cells.contains(&column.cell))
+            .filter_map(|(column, known)| Some((column, (*known)?)))
+            .map(|(column, value)| Ok((column.name.clone(), image::literal(column, value)?)))
+            .collect()
     }
 
     /// What both sides started from: the values that the change replaced, over the row they belong to.
@@ -177,6 +206,8 @@ pub fn record_of(
         losing,
         winning,
         cells: Vec::new(),
+        lost: BTreeMap::new(),
+        replaced: BTreeMap::new(),
         base: None,
         tuples,
         result: None,
@@ -255,10 +286,10 @@ fn read_for_update(id: Uuid) -> Result<Option<Record>> {
 const INSERT: &str = "
     insert into tandem.conflict (conflict_id, schema_name, table_name, conflict_type, constraint_name, key_tuple,
         losing_version, winning_version, cells, status, decision_version, detected_at, resolved_by, resolved_at,
-        conflict_resolution, note, policy, record)
+        conflict_resolution, note, policy, record, images)
     values ($1, $2, $3, $4, $5, $6::json, $7::int8::tandem.hlc, $8::int8::tandem.hlc, $9, $10,
         $11::int8::tandem.hlc, 'epoch'::timestamptz + $12 * interval '1 microsecond', $13,
-        'epoch'::timestamptz + $14 * interval '1 microsecond', $15, $16, $17, $18::json)";
+        'epoch'::timestamptz + $14 * interval '1 microsecond', $15, $16, $17, $18::json, $19::json)";
 
 const UPDATE: &str = "
     update tandem.conflict set schema_name = $2, table_name = $3, conflict_type = $4, constraint_name = $5,
@@ -266,7 +297,7 @@ const UPDATE: &str = "
         cells = $9, status = $10, decision_version = $11::int8::tandem.hlc,
         detected_at = 'epoch'::timestamptz + $12 * interval '1 microsecond', resolved_by = $13,
         resolved_at = 'epoch'::timestamptz + $14 * interval '1 microsecond', conflict_resolution = $15,
-        note = $16, policy = $17, record = $18::json
+        note = $16, policy = $17, record = $18::json, images = $19::json
     where conflict_id = $1";
 
 fn write(record: &Record, query: &str) -> Result<()> {
@@ -291,9 +322,20 @@ fn write(record: &Record, query: &str) -> Result<()> {
         decision.note.as_deref().into(),
         record.policy.as_str().into(),
         text.as_str().into(),
+        images_of(record)?.into(),
     ];
     let written = Spi::connect_mut(|client| client.update(query, None, &arguments).map(|t| t.len()))?;
     if written == 1 { Ok(()) } else { Err(Error::bug(format!("conflict {} was not written", record.conflict_id))) }
+}
+
+/// The images as they are shown: `base`, `result`, and one by node id.
+fn images_of(record: &Record) -> Result<String> {
+    let shown = record.settled();
+    let mut images: BTreeMap<String, &RawValue> = BTreeMap::new();
+    images.extend(shown.base.as_ref().map(|image| ("base".to_string(), &*image.tuple)));
+    images.extend(shown.result.as_ref().map(|image| ("result".to_string(), &*image.tuple)));
+    images.extend(shown.tuples.iter().map(|(node, image)| (node.to_string(), &*image.tuple)));
+    serde_json::to_string(&images).map_err(|e| Error::bug(format!("the images of a conflict are not JSON: {e}")))
 }
 
 /// The name that serde gives a variant: the one that users see.

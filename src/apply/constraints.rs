@@ -17,7 +17,6 @@ mod function {
     pub const CHECK_INSERT: u32 = 1644;
     pub const CHECK_UPDATE: u32 = 1645;
     pub const CASCADE_DELETE: u32 = 1646;
-    pub const CASCADE_UPDATE: u32 = 1647;
     pub const RESTRICT_DELETE: u32 = 1648;
     pub const RESTRICT_UPDATE: u32 = 1649;
     pub const SETDEFAULT_UPDATE: u32 = 1653;
@@ -215,11 +214,24 @@ impl Checks {
                     pg_sys::ExecARInsertTriggers(self.estate, self.info, slot, self.recheck, std::ptr::null_mut());
                 }
                 Written::Update(place, slot) => pg_sys::ExecARUpdateTriggers(
-                    self.estate, self.info, none(), none(), place, std::ptr::null_mut(), slot, self.recheck,
-                    std::ptr::null_mut(), false,
+                    self.estate,
+                    self.info,
+                    none(),
+                    none(),
+                    place,
+                    std::ptr::null_mut(),
+                    slot,
+                    self.recheck,
+                    std::ptr::null_mut(),
+                    false,
                 ),
                 Written::Delete(place) => pg_sys::ExecARDeleteTriggers(
-                    self.estate, self.info, place, std::ptr::null_mut(), std::ptr::null_mut(), false,
+                    self.estate,
+                    self.info,
+                    place,
+                    std::ptr::null_mut(),
+                    std::ptr::null_mut(),
+                    false,
                 ),
             }
             pg_sys::AfterTriggerEndQuery(self.estate);

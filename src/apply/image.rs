@@ -90,6 +90,12 @@ pub fn key_json(rel: &SyncedRelation, key: &[pg_sys::Datum]) -> Result<Box<RawVa
     object(rel.key.iter().zip(key).map(|(i, value)| (&rel.columns[*i], Some(*value))))
 }
 
+/// A JSON literal of one value.
+pub fn literal(column: &crate::relation::Column, value: Option<pg_sys::Datum>) -> Result<Box<RawValue>> {
+    RawValue::from_string(value::to_json(column, value))
+        .map_err(|e| Error::bug(format!("a value of a row is not JSON: {e}")))
+}
+
 fn object<'a>(
     fields: impl Iterator<Item = (&'a crate::relation::Column, Option<pg_sys::Datum>)>,
 ) -> Result<Box<RawValue>> {

@@ -133,12 +133,6 @@ impl Applier {
         if due { self.drain() } else { Ok(()) }
     }
 
-    /// The state of each of the peer's tables that is not active, as `schema.table: state`.
-    pub fn waiting_tables(&self) -> Vec<String> {
-        let inactive = self.targets.values().filter(|t| t.state != tables::State::Active);
-        inactive.map(|t| format!("{}.{}: {}", t.peer.shape.schema, t.peer.shape.table, t.state.name())).collect()
-    }
-
     fn is_active(&self, relid: u32) -> bool {
         self.targets.get(&relid).is_some_and(|t| t.state == tables::State::Active)
     }
@@ -239,19 +233,9 @@ impl Applier {
         Ok(state.applied)
     }
 
-    /// Publishes what is flushed meanwhile; call it now and then.
-    pub fn poll(&mut self) {
-        self.progress.publish();
-    }
-
     /// Flushes and publishes everything; call it before going idle.
     pub fn flush(&mut self) {
         self.progress.flush();
-    }
-
-    /// True if everything that is applied is flushed and published.
-    pub fn is_flushed(&self) -> bool {
-        self.progress.is_published()
     }
 
     /// Lets the two progress tables take turns.

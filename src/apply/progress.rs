@@ -178,8 +178,4 @@ impl Progress {
             self.publish();
         }
     }
-
-    pub fn is_published(&self) -> bool {
-        self.pending.is_empty()
-    }
 }

@@ -7,6 +7,7 @@ use std::ffi::{CStr, CString};
 /// Settings for the life of the worker.
 const SETTINGS: &[(&CStr, &CStr)] = &[
     (c"session_replication_role", c"replica"),
+    // Schema tandem for the operators of its own types; it belongs to a superuser.
     (c"search_path", c"pg_catalog, tandem, pg_temp"),
     // The name of a violated constraint is read from the message.
     (c"lc_messages", c"C"),

@@ -16,8 +16,6 @@ use std::cell::Cell;
 use tandem_model::change::Item;
 use tandem_model::hlc::{Mark, Position};
 
-pub use change::image_of;
-
 thread_local! {
     /// While Tandem applies: its own triggers are silent.
     static APPLYING: Cell<bool> = const { Cell::new(false) };

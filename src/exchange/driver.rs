@@ -9,7 +9,7 @@ use crate::exchange::housekeeping::Housekeeping;
 use crate::exchange::link::{Event as Arrival, Link, Reply};
 use crate::exchange::spool::Spool;
 use crate::exchange::status::State;
-use crate::exchange::{contact, process};
+use crate::exchange::{contact, link, process};
 use crate::guc;
 use crate::shmem::Database;
 use pgrx::prelude::*;
@@ -19,11 +19,9 @@ use tandem_model::hlc::{Mark, NodeId, Position};
 use tandem_model::session::{Action, Event, Limits, Session};
 use tandem_model::wire::{DecodeError, Frame};
 
-/// A change of the catalog may be told before it is committed: look once more after so many ms.
-const SECOND_LOOK_MS: i64 = 500;
 /// The peer's tables are asked for again after an empty reply, at most every so many ms.
 const TABLES_PACE_MS: i64 = 250;
-/// The row of `tandem.peer` is looked at again after so many ms, whoever changed it.
+/// Peer and tables are looked at again after so many ms though nobody told of a change.
 const PEER_PACE_MS: i64 = 5_000;
 
 /// What the next results on the link belong to.
@@ -59,8 +57,10 @@ pub struct Driver {
     look_at: i64,
     tables_wanted: bool,
     tables_at: i64,
-    /// The failure that the present state is about.
+    /// Why the peer is not reached, until it is.
     failure: Option<Error>,
+    /// Why the next transaction is not applied, and the state that makes; until it is.
+    trouble: Option<(State, Error)>,
 }
 
 fn limits() -> Limits {
@@ -85,10 +85,11 @@ impl Driver {
             spool: None,
             housekeeping: Housekeeping::new(database),
             generation: database.catalog_generation.load(Acquire),
-            look_at: now + SECOND_LOOK_MS,
+            look_at: now,
             tables_wanted: false,
             tables_at: now,
             failure: None,
+            trouble: None,
         }
     }
 
@@ -123,8 +124,7 @@ impl Driver {
         if !changed && now < self.look_at {
             return Ok(true);
         }
-        self.look_at = now + if changed { SECOND_LOOK_MS } else { PEER_PACE_MS };
-        let second = self.generation == generation;
+        self.look_at = now + PEER_PACE_MS;
         self.generation = generation;
         let Some(peer) = catalog::peer()? else {
             self.database.worker.wanted.store(0, Release);
@@ -136,9 +136,7 @@ impl Driver {
         }
         let news = changed || peer != self.peer;
         self.peer = peer;
-        if news || second {
-            self.refresh_tables();
-        }
+        self.refresh_tables();
         if news {
             self.step(Event::Retry);
         }
@@ -244,7 +242,8 @@ impl Driver {
         if let Some(contact) = &mut self.contact
             && let Err(error) = contact.applier.refresh_tables()
         {
-            self.complain(State::Joining, error);
+            self.complain(State::Joining, &error);
+            self.failure = Some(error);
         }
     }
 
@@ -272,7 +271,15 @@ impl Driver {
     fn act(&mut self, action: Action) -> Result<Option<Event<'static>>> {
         match action {
             Action::Connect => return Ok(Some(self.connect())),
-            Action::Disconnect => self.disconnect(),
+            Action::Disconnect => {
+                if self.contact.is_some() {
+                    // The session's own decision: nothing was heard in time.
+                    let error = link::silent();
+                    self.complain(State::Connecting, &error);
+                    self.failure = Some(error);
+                }
+                self.disconnect();
+            }
             Action::Request { after, chunks_done, bytes } => self.request(after, chunks_done, bytes)?,
             Action::Describe(descriptor) => {
                 if let Some(contact) = &mut self.contact {
@@ -320,7 +327,8 @@ impl Driver {
                 Event::Ready(mark)
             }
             Err((state, error)) => {
-                self.complain(state, error);
+                self.complain(state, &error);
+                self.failure = Some(error);
                 Event::Lost
             }
         }
@@ -388,7 +396,7 @@ impl Driver {
         let applied = match (batch, skip) {
             (Err(error), _) => Err(error),
             (Ok(mut batch), true) => {
-                let why = self.failure.as_ref().map_or("", |e| e.message.as_str());
+                let why = self.trouble.as_ref().map_or("", |(_, e)| e.message.as_str());
                 contact.applier.skip(batch.remove(0), why).and_then(|mark| {
                     catalog::clear_skip(&self.peer.name)?;
                     Ok(mark)
@@ -402,7 +410,7 @@ impl Driver {
                 self.queue.drain(..count);
                 self.database.worker.applied(mark, count);
                 self.database.worker.stuck_at(Position(0));
-                self.failure = None;
+                self.trouble = None;
                 self.peer.skip = self.peer.skip.filter(|_| !skip);
                 Event::Applied(count)
             }
@@ -414,7 +422,10 @@ impl Driver {
                 self.database.worker.applied(mark, count);
                 self.database.worker.stuck_at(self.queue.front().map_or(Position(0), |t| t.mark.position));
                 let retry = error.class == Class::Retry;
-                self.complain(if retry { State::CatchUp } else { State::Stopped }, error);
+                let state = if retry { State::CatchUp } else { State::Stopped };
+                let error = gave_way(error);
+                self.complain(state, &error);
+                self.trouble = Some((state, error));
                 if count > 0 { Event::Applied(count) } else { Event::ApplyFailed { retry } }
             }
         }
@@ -426,7 +437,8 @@ impl Driver {
             Class::Retry => State::Connecting,
             Class::Operator | Class::Bug => State::Refused,
         };
-        self.complain(state, error);
+        self.complain(state, &error);
+        self.failure = Some(error);
         match self.session.step(boot_ms(), Event::Lost) {
             Ok(_) => self.disconnect(),
             Err(violation) => pgrx::warning!("tandem exchange: {}", violation.0),
@@ -434,16 +446,16 @@ impl Driver {
     }
 
     /// Shows an error and logs it, unless it is the one that is shown already.
-    fn complain(&mut self, state: State, error: Error) {
+    fn complain(&self, state: State, error: &Error) {
         let status = &self.database.worker;
-        status.note_error(&error);
+        status.note_error(error);
         status.enter(state, &error.message, error.hint.as_deref());
-        let known = self.failure.as_ref().is_some_and(|f| f.message == error.message);
-        if !known {
-            let detail = error.detail.as_deref().map(|d| format!(": {d}")).unwrap_or_default();
-            pgrx::log!("tandem exchange with \"{}\" is {}: {error}{detail}", self.peer.name, state.name());
+        let told = self.trouble.as_ref().map(|(_, e)| e).into_iter().chain(&self.failure);
+        let ordinary = error.sqlstate == PgSqlErrorCode::ERRCODE_LOCK_NOT_AVAILABLE;
+        if !ordinary && !told.into_iter().any(|t| t.message == error.message) {
+            // Without the detail: it may quote rows. `tandem.status` has it.
+            pgrx::log!("tandem exchange with \"{}\" is {}: {error}", self.peer.name, state.name());
         }
-        self.failure = Some(error);
     }
 
     /// While there is a failure to tell, that is what is shown, not the attempt to mend it.
@@ -459,6 +471,9 @@ impl Driver {
         if self.failure.is_some() || !self.session.is_open() {
             return;
         }
+        if let (false, Some((state, error))) = (self.peer.paused, &self.trouble) {
+            return status.enter(*state, &error.message, error.hint.as_deref());
+        }
         let (state, reason) = match (self.peer.paused, self.session.is_behind()) {
             (true, _) => (State::Paused, "tandem.pause() was called"),
             (false, true) => (State::CatchUp, ""),
@@ -470,6 +485,15 @@ impl Driver {
         let hint = (state == State::Paused).then_some("SELECT tandem.resume();");
         status.enter(state, reason, hint);
     }
+}
+
+/// That applying gave way to a user is nothing to worry about: say so.
+fn gave_way(mut error: Error) -> Error {
+    if error.sqlstate == PgSqlErrorCode::ERRCODE_LOCK_NOT_AVAILABLE {
+        error.message = "a session holds a lock that applying needs; tried again until it is free".to_string();
+        error.hint = Some("blocked_by in tandem.status is its process id.".to_string());
+    }
+    error
 }
 
 /// Applying takes its argument for good, and may have to be done again.

@@ -55,17 +55,11 @@ pub fn introduce() -> Result<Introduction> {
 }
 
 fn node_name() -> Result<Option<String>> {
-    match Spi::get_one("select name from tandem.node") {
-        Err(pgrx::spi::Error::InvalidPosition) => Ok(None),
-        name => Ok(name?),
-    }
+    crate::pg::query::value("select name from tandem.node", &[])
 }
 
 fn encoding() -> String {
-    match Spi::get_one("select pg_catalog.getdatabaseencoding()::text") {
-        Ok(Some(name)) => name,
-        _ => String::new(),
-    }
+    crate::pg::query::value("select pg_catalog.getdatabaseencoding()::text", &[]).ok().flatten().unwrap_or_default()
 }
 
 /// Checks that a node can be ours's peer; by both sides, so that both say why not.

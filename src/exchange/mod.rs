@@ -24,27 +24,16 @@ use crate::shmem;
 use pgrx::prelude::*;
 use std::sync::atomic::Ordering::*;
 
-/// Background worker slots that Tandem takes: the supervisor, one per database with a peer, and one that
-/// looks into databases after a start.
-pub const FIXED_WORKERS: i32 = 2;
-
 /// Registers the supervisor; called once from `_PG_init` while shared_preload_libraries are loaded.
 pub fn init() {
     supervisor::register();
 }
 
-/// Tells the worker of this database and the supervisor that something they act on has changed: peer,
-/// pause, tables, skew. Call it when the change is committed, or [`nudge_at_commit`] before.
-pub fn nudge() {
-    let database = shmem::entry();
-    database.bump_generation();
+/// Wakes the worker of a database and the supervisor: something they act on has changed (peer, pause, tables,
+/// skew) and is committed. Must not raise.
+pub fn wake(database: &shmem::Database) {
     process::wake(database.worker.pid.load(Acquire));
     process::wake(shmem::region().supervisor.load(Acquire));
-}
-
-/// [`nudge`] once the present transaction has committed.
-pub fn nudge_at_commit() {
-    pgrx::register_xact_callback(pgrx::PgXactCallbackEvent::Commit, nudge);
 }
 
 extension_sql_file!(

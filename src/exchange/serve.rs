@@ -28,8 +28,6 @@ const GRACE_MS: i64 = 20;
 const SEEN_PACE_MS: i64 = 10;
 /// A mere stable point, at this.
 const STABLE_PACE_MS: i64 = 1_000;
-/// After a change of the catalog: once more after so many ms.
-const SECOND_LOOK_MS: i64 = 500;
 /// Descriptors that a session remembers as told; then all are told anew.
 const MAX_TOLD: usize = 10_000;
 
@@ -46,10 +44,8 @@ struct Noted {
     told_stable: Hlc,
     /// When (ms since boot) the last reply was given.
     told_at: i64,
-    /// Of the catalog, as the caller was last given a reason to look, and when to give it once more: the
-    /// change may be told before it is committed.
+    /// Of the catalog, when the caller was last given a reason to ask for our tables.
     generation: u64,
-    again_at: Option<i64>,
 }
 
 thread_local! {
@@ -61,7 +57,6 @@ thread_local! {
         told_stable: Hlc(0),
         told_at: 0,
         generation: 0,
-        again_at: None,
     }) };
     /// Descriptors that this session's caller knows.
     static TOLD: RefCell<HashSet<DescriptorId>> = RefCell::default();
@@ -98,11 +93,9 @@ fn wait_for_news(database: &Database, after: Position, timeout_ms: i64) {
         let generation = database.catalog_generation.load(Acquire);
         if generation != noted.generation {
             // An empty reply makes the caller ask for our tables.
-            noted.again_at = Some(now + SECOND_LOOK_MS);
             noted.generation = generation;
             break (horizon, seen);
         }
-        until = until.min(noted.again_at.unwrap_or(i64::MAX));
         for (news, pace) in [
             (seen.position > noted.told_seen, SEEN_PACE_MS),
             (announced_stable(database) > noted.told_stable, STABLE_PACE_MS),
@@ -112,7 +105,6 @@ fn wait_for_news(database: &Database, after: Position, timeout_ms: i64) {
             }
         }
         if now >= until {
-            noted.again_at = noted.again_at.filter(|at| now < *at);
             break (horizon, seen);
         }
         shmem::wait_for_commit(commits, until - now);
@@ -233,7 +225,7 @@ impl Batch {
 
 fn descriptor(id: DescriptorId) -> Result<Descriptor> {
     let shape: Option<String> =
-        Spi::get_one_with_args("select shape from tandem.descriptor where id = $1", &[(id as i32).into()])?;
+        crate::pg::query::value("select shape from tandem.descriptor where id = $1", &[(id as i32).into()])?;
     let shape =
         shape.ok_or_else(|| Error::bug(format!("the journal refers to descriptor {id}, which is not there")))?;
     let mut descriptor: Descriptor =

@@ -245,7 +245,7 @@ fn interval_ms(ms: i64) -> Option<Interval> {
 /// The first of those who hold a lock that this process waits for.
 fn blocked_by(pid: i32) -> Option<i32> {
     let blockers: Option<Vec<i32>> =
-        Spi::get_one_with_args("select pg_catalog.pg_blocking_pids($1)", &[pid.into()]).ok().flatten();
+        crate::pg::query::value("select pg_catalog.pg_blocking_pids($1)", &[pid.into()]).ok().flatten();
     blockers?.into_iter().find(|p| *p != 0)
 }
 

@@ -11,6 +11,8 @@ use tandem_model::record::{ConflictType, Decision, Image, Record, Status};
 /// A record and what this node knows around it.
 pub struct Stored {
     pub record: Record,
+    /// The same with every lost value in the loser's image.
+    shown: Record,
     /// The table of today; none if it was dropped or renamed.
     pub relid: Option<pg_sys::Oid>,
     pub own: NodeId,
@@ -68,9 +70,10 @@ impl Stored {
 
     fn from_row(row: &pgrx::spi::SpiHeapTupleData<'_>) -> Result<Stored> {
         let text: String = row.get(1)?.unwrap_or_default();
-        let record =
+        let record: Record =
             serde_json::from_str(&text).map_err(|e| Error::bug(format!("a conflict record cannot be read: {e}")))?;
         Ok(Stored {
+            shown: record.settled(),
             record,
             relid: row.get(2)?,
             own: NodeId(row.get::<i32>(3)?.unwrap_or(0) as u8),
@@ -107,17 +110,17 @@ impl Stored {
 
     /// The row as this node had it.
     pub fn local(&self) -> Side<'_> {
-        self.side(self.record.tuples.get(&self.own.0))
+        self.side(self.shown.tuples.get(&self.own.0))
     }
 
     /// The row as the other node had it.
     pub fn remote(&self) -> Side<'_> {
-        self.side(self.record.tuples.iter().find(|(node, _)| **node != self.own.0).map(|(_, image)| image))
+        self.side(self.shown.tuples.iter().find(|(node, _)| **node != self.own.0).map(|(_, image)| image))
     }
 
     /// The row as the node had it whose write lost.
     pub fn loser(&self) -> Side<'_> {
-        self.side(self.record.tuples.get(&self.record.losing_node().0))
+        self.side(self.shown.tuples.get(&self.record.losing_node().0))
     }
 
     /// The row as the conflict left it.
@@ -127,7 +130,7 @@ impl Stored {
 
     /// The row that both started from: two inserts met where there was none.
     pub fn base(&self) -> Side<'_> {
-        match (&self.record.base, self.record.conflict_type) {
+        match (&self.shown.base, self.record.conflict_type) {
             (Some(image), _) => Side::Row(image),
             (None, ConflictType::InsertExists) => Side::NoRow,
             (None, _) => Side::Unknown,

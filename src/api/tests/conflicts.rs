@@ -30,6 +30,8 @@ fn record(
         losing,
         winning,
         cells: cells.iter().map(|c| c.to_string()).collect(),
+        lost: BTreeMap::new(),
+        replaced: BTreeMap::new(),
         base,
         tuples,
         result,
@@ -46,18 +48,7 @@ fn raw(text: &str) -> Box<serde_json::value::RawValue> {
 }
 
 fn store(record: &Record) {
-    let text = serde_json::to_string(record).expect("a record is json");
-    Spi::run_with_args(
-        "insert into tandem.conflict
-         select (r->>'conflict_id')::uuid, r->>'schema', r->>'table', r->>'conflict_type', null, r->'key',
-                (r->>'losing')::int8::tandem.hlc, (r->>'winning')::int8::tandem.hlc,
-                array(select json_array_elements_text(r->'cells')), r->'decision'->>'status', '0',
-                timestamptz 'epoch' + (r->>'detected_at')::int8 * interval '1 microsecond',
-                null, null, null, null, r->>'policy', r
-         from (select $1::json as r) s",
-        &[text.into()],
-    )
-    .expect("the record is stored");
+    assert!(crate::apply::conflict::upsert(record.clone()).expect("the record is stored"), "it is new");
 }
 
 const BASE: &str = "{\"id\":1,\"a\":10,\"b\":\"base\"}";

@@ -103,7 +103,7 @@ mod tests {
                      'tuples', json_build_object('2', json_build_object('rank', json_build_array(1, 66), 'tuple', '{\"id\":1,\"a\":\"chosen\"}'::json)),
                      'result', json_build_object('rank', json_build_array(1, 66), 'tuple', '{\"id\":1,\"a\":\"present\"}'::json),
                      'policy', 'last_update_wins', 'detected_at', 0,
-                     'decision', json_build_object('version', 0, 'status', 'open', 'by', null, 'at', null, 'resolution', null, 'note', null))
+                     'decision', json_build_object('version', 0, 'status', 'open', 'by', null, 'at', null, 'resolution', null, 'note', null)), '{}'
              from j_decide, (select 'b5a0f7de-37c1-4f62-9b6a-0d6a64d4a001' as k) i",
             "create temp table mark as select tandem.last_position() as p",
             "select tandem.resolve('b5a0f7de-37c1-4f62-9b6a-0d6a64d4a001', 'remote', note => 'noted here')",

@@ -71,6 +71,13 @@ pub struct Record {
     pub winning: Hlc,
     /// Names of the cells lost, sorted; empty: the row's existence.
     pub cells: Vec<String>,
+    /// What the losing write held, by column, united over the pairs in which it was met: an image shows one
+    /// moment, and what was lost before or after would not be in it.
+    #[serde(default)]
+    pub lost: BTreeMap<String, Box<RawValue>>,
+    /// What it had replaced, likewise.
+    #[serde(default)]
+    pub replaced: BTreeMap<String, Box<RawValue>>,
     pub base: Option<Image>,
     /// By node id.
     pub tuples: BTreeMap<u8, Image>,
@@ -111,6 +118,8 @@ impl Record {
         raise(&mut self.policy, other.policy);
         self.detected_at = self.detected_at.min(other.detected_at);
         self.cells = unite(std::mem::take(&mut self.cells), other.cells);
+        unite_values(&mut self.lost, other.lost);
+        unite_values(&mut self.replaced, other.replaced);
         raise_image(&mut self.base, other.base);
         raise_image(&mut self.result, other.result);
         for (node, image) in other.tuples {
@@ -124,11 +133,39 @@ impl Record {
             self.decision = other.decision;
         }
     }
+
+    /// The record as it is shown: the loser's image holds every value that was lost, the base what they replaced.
+    pub fn settled(&self) -> Record {
+        let mut shown = self.clone();
+        if let Some(image) = shown.tuples.get_mut(&self.losing_node().0) {
+            image.overlay(&self.lost);
+        }
+        if let Some(base) = &mut shown.base {
+            base.overlay(&self.replaced);
+        }
+        shown
+    }
 }
 
 impl Image {
     fn order(&self) -> ((u8, Hlc), &str) {
         (self.rank, self.tuple.get())
+    }
+
+    /// Puts values over those of the same names; the order of columns stays.
+    fn overlay(&mut self, values: &BTreeMap<String, Box<RawValue>>) {
+        let Ok(mut columns) = serde_json::from_str::<serde_json::Map<String, serde_json::Value>>(self.tuple.get())
+        else {
+            return;
+        };
+        for (name, value) in values {
+            if let Ok(value) = serde_json::from_str(value.get()) {
+                columns.insert(name.clone(), value);
+            }
+        }
+        if let Ok(tuple) = serde_json::value::to_raw_value(&columns) {
+            self.tuple = tuple;
+        }
     }
 }
 
@@ -147,6 +184,17 @@ fn raise<T: Ord>(held: &mut T, other: T) {
 fn raise_image(held: &mut Option<Image>, other: Option<Image>) {
     if other.as_ref().map(Image::order) > held.as_ref().map(Image::order) {
         *held = other;
+    }
+}
+
+/// A write holds one value of a column; should two be told, any fixed choice will do.
+fn unite_values(held: &mut BTreeMap<String, Box<RawValue>>, other: BTreeMap<String, Box<RawValue>>) {
+    for (name, value) in other {
+        match held.entry(name) {
+            Entry::Vacant(free) => drop(free.insert(value)),
+            Entry::Occupied(mut same) if value.get() > same.get().get() => drop(same.insert(value)),
+            Entry::Occupied(_) => {}
+        }
     }
 }
 
@@ -194,6 +242,40 @@ mod tests {
     }
 
     #[test]
+    fn every_lost_value_is_shown() {
+        // One write of two columns lost the first to one write, later the second to another.
+        let record = |lost: &str, image: &str, version| Record {
+            conflict_id: Uuid::nil(),
+            schema: "s".into(),
+            table: "t".into(),
+            key: raw("{}"),
+            conflict_type: ConflictType::UpdateOriginDiffers,
+            constraint_name: None,
+            losing: Hlc(65),
+            winning: Hlc(version),
+            cells: vec![lost.into()],
+            lost: BTreeMap::from([(lost.to_string(), raw("1.50"))]),
+            replaced: BTreeMap::new(),
+            base: None,
+            tuples: BTreeMap::from([(1, Image { rank: (1, Hlc(version)), tuple: raw(image) })]),
+            result: None,
+            policy: "p".into(),
+            detected_at: 0,
+            decision: Decision {
+                version: Hlc(0),
+                status: Status::Auto,
+                by: None,
+                at: None,
+                resolution: None,
+                note: None,
+            },
+        };
+        let first = record("b", r#"{"b":1.50,"a":1.50}"#, 100);
+        let both = joined(first, &record("a", r#"{"b":7,"a":1.50}"#, 200));
+        assert_eq!(both.settled().tuples[&1].tuple.get(), r#"{"b":1.50,"a":1.50}"#);
+    }
+
+    #[test]
     fn the_whole_row_takes_in_any_cells() {
         let names = |cells: &[&str]| cells.iter().map(|c| c.to_string()).collect::<Vec<_>>();
         assert_eq!(unite(names(&["b"]), names(&["a", "b"])), ["a", "b"]);
@@ -203,6 +285,9 @@ mod tests {
     fn image() -> impl Strategy<Value = Image> {
         (0u8..2, 0u64..3, 0u8..3)
             .prop_map(|(own, v, n)| Image { rank: (own, Hlc(v)), tuple: raw(&format!(r#"{{"a":{n}}}"#)) })
+    }
+    fn values() -> impl Strategy<Value = BTreeMap<String, Box<RawValue>>> {
+        proptest::collection::btree_map("[ab]", (0u8..3).prop_map(|n| raw(&n.to_string())), 0..3)
     }
     fn text() -> impl Strategy<Value = Option<String>> {
         proptest::option::of("[ab]")
@@ -223,6 +308,7 @@ mod tests {
             constraint_name in text(),
             winning in 0u64..3,
             cells in proptest::collection::btree_set("[abc]", 0..3),
+            (lost, replaced) in (values(), values()),
             (base, result) in (proptest::option::of(image()), proptest::option::of(image())),
             tuples in proptest::collection::btree_map(1u8..3, image(), 0..3),
             policy in "[xy]",
@@ -231,7 +317,7 @@ mod tests {
         ) -> Record {
             Record {
                 conflict_id: Uuid::nil(), schema: "s".into(), table: "t".into(), key: raw("{}"), conflict_type, constraint_name,
-                losing: Hlc(65), winning: Hlc(winning), cells: cells.into_iter().collect(), base, tuples, result, policy, detected_at, decision,
+                losing: Hlc(65), winning: Hlc(winning), cells: cells.into_iter().collect(), lost, replaced, base, tuples, result, policy, detected_at, decision,
             }
         }
     }
