@@ -18,6 +18,17 @@ pub enum Tamper {
 #[derive(Default)]
 pub struct Stream {
     pending: Vec<u8>,
+    phase: Phase,
+}
+
+#[derive(Default, PartialEq, Eq)]
+enum Phase {
+    /// The client may ask for encryption; the server answers with one bare byte.
+    #[default]
+    Negotiating,
+    Messages,
+    /// Encrypted: passed on as it is.
+    Opaque,
 }
 
 /// What goes to the client for some bytes from the server.
@@ -34,6 +45,17 @@ impl Stream {
     pub fn pass(&mut self, bytes: &[u8], order: Option<Tamper>, random: &mut impl FnMut() -> u8) -> Passed {
         self.pending.extend_from_slice(bytes);
         let mut passed = Passed { bytes: Vec::new(), left: order, then_cut: false };
+        while self.phase == Phase::Negotiating && !self.pending.is_empty() {
+            match self.pending[0] {
+                b'N' => passed.bytes.push(self.pending.remove(0)),
+                b'S' | b'G' => self.phase = Phase::Opaque,
+                _ => self.phase = Phase::Messages,
+            }
+        }
+        if self.phase != Phase::Messages {
+            passed.bytes.append(&mut self.pending);
+            return passed;
+        }
         while let Some(length) = whole_message(&self.pending) {
             let mut message: Vec<u8> = self.pending.drain(..length).collect();
             match passed.left {
@@ -92,6 +114,16 @@ fn spoil(row: &mut [u8], at_least: usize, random: &mut impl FnMut() -> u8) -> bo
 mod tests {
     use super::*;
 
+    /// The first message of a server: authentication is done.
+    const HELLO: &[u8] = b"R\0\0\0\x08\0\0\0\0";
+
+    fn started() -> Stream {
+        let mut stream = Stream::default();
+        assert_eq!(stream.pass(b"N", None, &mut || 0).bytes, b"N", "encryption is declined at once");
+        assert_eq!(stream.pass(HELLO, None, &mut || 0).bytes, HELLO);
+        stream
+    }
+
     fn row(values: &[&[u8]]) -> Vec<u8> {
         let mut body = (values.len() as u16).to_be_bytes().to_vec();
         for value in values {
@@ -107,7 +139,7 @@ mod tests {
     #[test]
     fn whole_messages_pass_whatever_the_pieces() {
         let message = row(&[b"abc", b"defg"]);
-        let mut stream = Stream::default();
+        let mut stream = started();
         let mut out = Vec::new();
         for byte in message.repeat(3) {
             out.extend(stream.pass(&[byte], None, &mut || 0).bytes);
@@ -119,7 +151,7 @@ mod tests {
     fn values_are_spoiled_in_place() {
         let message = row(&[b"ab", b"a long enough value"]);
         let order = Some(Tamper::Values { at_least: 10, rows: 1 });
-        let passed = Stream::default().pass(&message, order, &mut || 3);
+        let passed = started().pass(&message, order, &mut || 3);
         assert_eq!(passed.bytes.len(), message.len());
         assert_eq!(passed.bytes[..13], message[..13], "the short value and the frame stay");
         assert_ne!(passed.bytes, message);
@@ -130,7 +162,7 @@ mod tests {
     fn a_truncated_message_ends_the_stream() {
         let message = row(&[b"0123456789"]);
         let order = Some(Tamper::Truncate { at_least: 5 });
-        let passed = Stream::default().pass(&message.repeat(2), order, &mut || 0);
+        let passed = started().pass(&message.repeat(2), order, &mut || 0);
         assert!(passed.then_cut);
         assert_eq!(passed.bytes, message[..message.len() / 2]);
     }

@@ -192,7 +192,7 @@ fn fresh_databases(pair: &Pair, database: &str, ids: [u32; 2]) -> [tandem_pg_tes
 
 fn wait_error(client: &mut tandem_pg_test::Client, sqlstate: &str) -> String {
     until(&format!("status to tell of {sqlstate}"), || {
-        let rows = client.rows("select last_error_sqlstate, state, reason, last_error from tandem.status");
+        let rows = client.rows("select sqlstate, state, reason, last_error from tandem.status");
         match rows.first() {
             Some(row) if row.starts_with(sqlstate) => Ok(row.clone()),
             _ => Err(format!("{rows:?}")),

@@ -91,7 +91,7 @@ fn echo() -> u16 {
 }
 
 /// A message of the Postgres protocol, which the proxy expects from a server.
-const MESSAGE: &[u8] = b"Z\0\0\0\x05I";
+const MESSAGE: &[u8] = b"R\0\0\0\x08\0\0\0\0";
 
 fn answered(stream: &mut TcpStream, patience: Duration) -> std::io::Result<bool> {
     stream.set_read_timeout(Some(patience))?;

@@ -273,8 +273,7 @@ fn s95_no_constraint_is_ever_violated() {
     pair.set_lines(Line::Open);
     for node in pair.nodes() {
         let reason = until(&format!("the stream of {} to stop with a reason", node.name), || {
-            let row = node
-                .one("select coalesce(last_error_sqlstate, '') || ' ' || coalesce(last_error, '') from tandem.status");
+            let row = node.one("select coalesce(sqlstate, '') || ' ' || coalesce(last_error, '') from tandem.status");
             if row.starts_with("23505") { Ok(row) } else { Err(node.report()) }
         });
         assert!(reason.contains("s95"), "{reason}");
@@ -294,9 +293,7 @@ fn s95_no_constraint_is_ever_violated() {
     pair.b.wait_rows("select count(*) from s95_child", &["0"]);
     deleting.exec("commit");
     until("the violated foreign key to be named", || {
-        let row = pair
-            .b
-            .one("select coalesce(last_error_sqlstate, '') || ' ' || coalesce(last_error, '') from tandem.status");
+        let row = pair.b.one("select coalesce(sqlstate, '') || ' ' || coalesce(last_error, '') from tandem.status");
         if row.starts_with("23503") { Ok(()) } else { Err(pair.b.report()) }
     });
     let orphans = "select count(*) from s95_child c where not exists (select from s95_parent p where p.id = c.parent)";
@@ -335,20 +332,21 @@ fn s96_a_long_reader_of_the_journal_stops_no_one() {
 
 #[test]
 fn s97_under_one_way_load_the_journal_stays_small() {
-    const LIMIT: i64 = 100 << 20;
-    let rounds = if full_size() { 400 } else { 60 };
+    let rounds = if full_size() { 1000 } else { 120 };
     let pair = shared();
     pair.table("s97", "id int primary key, a text");
     let size = "select sum(pg_total_relation_size(c.oid)) from pg_class c
                 where c.relnamespace = 'tandem'::regnamespace and c.relname ~ '^(journal|tombstone)' and c.relkind = 'r'";
-    let mut largest = 0;
-    for _ in 0..rounds {
+    let mut largest = [0; 2];
+    for round in 0..rounds {
         pair.a.exec("insert into s97 select n, repeat(md5(random()::text), 60) from generate_series(1, 1000) n");
         pair.a.exec("delete from s97");
         pair.a.exec("select tandem.wait_for_peer('60s')");
-        largest = largest.max(pair.a.number(size)).max(pair.b.number(size));
+        let part = &mut largest[usize::from(round * 2 >= rounds)];
+        *part = (*part).max(pair.a.number(size)).max(pair.b.number(size));
     }
-    assert!(largest < LIMIT, "the journal grew to {} MB", largest >> 20);
+    let [first, second] = largest;
+    assert!(second < first * 3 / 2, "under a steady load it grows on: {} MB, then {} MB", first >> 20, second >> 20);
     for node in pair.nodes() {
         until(&format!("the tombstones of {} to go", node.name), || {
             pair.a.exec("insert into s97 values (0, 'x') on conflict (id) do update set a = md5(random()::text)");

@@ -37,7 +37,7 @@ fn s77_a_column_added_on_one_side_first() {
         &pair,
         "s77_add",
         "add c text default 'c'",
-        "insert into s77_add values (2, 20, 'from a', 'not the default')",
+        "insert into s77_add (id, a, b, c) values (2, 20, 'from a', 'not the default')",
     );
     pair.assert_rows("select c from s77_add order by id", &["c", "not the default", "c"]);
 }
