@@ -22,6 +22,10 @@ pub struct Introduction {
     pub extension_version: String,
     /// Milliseconds since the Unix epoch.
     pub clock_ms: i64,
+    /// The caller's start is the one that this node's own connection string for it reaches (or nothing was
+    /// reached yet). A copy of a node, and a restored dump, are not confirmed and must not join.
+    #[serde(default)]
+    pub confirmed: bool,
 }
 
 /// This node's introduction. In a transaction.
@@ -51,6 +55,7 @@ pub fn introduce() -> Result<Introduction> {
         encoding: encoding(),
         extension_version: env!("CARGO_PKG_VERSION").to_string(),
         clock_ms: crate::clock::wall_ms(),
+        confirmed: true,
     })
 }
 
@@ -117,14 +122,15 @@ fn handshake(
     your_nonce: Option<pgrx::Uuid>,
     your_position: Option<SqlPosition>,
 ) -> pgrx::Json {
-    let _ = my_nonce;
     let answer = || -> Result<pgrx::Json> {
-        let ours = introduce()?;
+        let mut ours = introduce()?;
         check(&ours, protocol.max(0) as u32, u8::try_from(node_id).unwrap_or(0), node_name)?;
         let position = your_position.map_or(Position(0), |p| p.0);
         if let Some(nonce) = your_nonce.filter(|_| position.0 != 0) {
             incarnation::check(Uuid::from_bytes(*nonce.as_bytes()), position)?;
         }
+        let known: Option<pgrx::Uuid> = crate::pg::query::value("select nonce from tandem.peer", &[])?;
+        ours.confirmed = known.is_none_or(|known| known == my_nonce);
         let value = serde_json::to_value(&ours).map_err(|e| Error::bug(format!("no introduction: {e}")))?;
         Ok(pgrx::Json(value))
     };
