@@ -79,7 +79,7 @@ language sql volatile set search_path = pg_catalog, pg_temp as $$
     from (select current_setting('max_worker_processes')::int as workers) s
     union all
     select 'node', case when n.id is null then 'warning' else 'ok' end,
-           coalesce(format('%s (id %s)', n.name, n.id), 'this database is not a node yet'),
+           coalesce(n.name || ' (id ' || n.id || ')', 'this database is not a node yet'),
            case when n.id is null then 'SELECT tandem.create_node(''tokyo'', 1); with another id (1 to 63) on each server' end
     from (select) s left join tandem.node n on true
     union all

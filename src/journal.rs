@@ -8,6 +8,7 @@ use crate::guc;
 use crate::pg::heap::{self, Table};
 use crate::pg::identity::ActingAs;
 use crate::pg::names;
+use crate::pg::query;
 use crate::registry;
 use crate::shmem;
 use pgrx::prelude::*;
@@ -29,8 +30,15 @@ pub struct Row {
     pub payload: Vec<u8>,
 }
 
+/// A transaction as it is read, and the segment that holds it (and its chunks).
+pub struct Found {
+    pub row: Row,
+    pub segment: u32,
+}
+
 /// The segment that this transaction writes to: locked, so that it can't be truncated before the commit.
 pub struct Segment {
+    pub number: u32,
     rows: Table,
     chunks: Table,
 }
@@ -42,6 +50,7 @@ impl Segment {
         loop {
             let number = database.segment.load(Acquire);
             let segment = Segment {
+                number,
                 rows: Table::open(&format!("journal_{number}"), pg_sys::RowExclusiveLock),
                 chunks: Table::open(&format!("journal_chunk_{number}"), pg_sys::RowExclusiveLock),
             };
@@ -72,25 +81,37 @@ impl Segment {
     }
 }
 
-const READ: &str = "
-    select \"position\"::int8, low::int8, seen::int8, seen_low::int8, stable::int8, first::int8, chunks, payload from (
-        select * from tandem.journal_0 union all select * from tandem.journal_1 union all
-        select * from tandem.journal_2 union all select * from tandem.journal_3
-    ) j where \"position\" > $1::int8::tandem.position and \"position\" <= $2::int8::tandem.position
-    order by \"position\"";
+/// The query over the segments that may hold something above `after`: the others are left to be truncated.
+fn query_above(after: Position) -> Option<String> {
+    let database = shmem::database();
+    let holding: Vec<String> = (0..SEGMENTS)
+        .filter(|n| database.segment_last[*n as usize].load(Acquire) > after.0)
+        .map(|n| format!("select {n}::int4 as segment, * from tandem.journal_{n}"))
+        .collect();
+    (!holding.is_empty()).then(|| {
+        format!(
+            "select \"position\"::int8, low::int8, seen::int8, seen_low::int8, stable::int8, first::int8, chunks, payload, \
+             segment from ({}) j where \"position\" > $1::int8::tandem.position \
+             and \"position\" <= $2::int8::tandem.position order by \"position\"",
+            holding.join(" union all ")
+        )
+    })
+}
 
 /// Reads the stream above `after` up to `upto` (a horizon taken before this statement's snapshot), until
 /// `f` returns false. Errors (55000) if the journal no longer reaches back to `after`.
-pub fn read(after: Position, upto: Position, mut f: impl FnMut(Row) -> Result<bool>) -> Result<()> {
+pub fn read(after: Position, upto: Position, mut f: impl FnMut(Found) -> Result<bool>) -> Result<()> {
     const ROWS_AT_A_TIME: i64 = 64;
     let _superuser = ActingAs::superuser();
+    let Some(query) = query_above(after) else { return check_reach(after) };
     Spi::connect(|client| -> Result<()> {
-        let mut cursor = client.try_open_cursor(READ, &[(after.0 as i64).into(), (upto.0 as i64).into()])?;
+        let mut cursor = client.try_open_cursor(query.as_str(), &[(after.0 as i64).into(), (upto.0 as i64).into()])?;
         loop {
             let rows = cursor.fetch(ROWS_AT_A_TIME)?;
             let none = rows.is_empty();
             for row in rows {
                 let number = |i| -> Result<u64> { Ok(row.get::<i64>(i)?.unwrap_or(0) as u64) };
+                let segment = row.get::<i32>(9)?.unwrap_or(0) as u32;
                 let row = Row {
                     mark: Mark { position: Position(number(1)?), low: Hlc(number(2)?) },
                     seen: Mark { position: Position(number(3)?), low: Hlc(number(4)?) },
@@ -99,7 +120,7 @@ pub fn read(after: Position, upto: Position, mut f: impl FnMut(Row) -> Result<bo
                     chunks: row.get::<i32>(7)?.unwrap_or(0) as u32,
                     payload: row.get::<Vec<u8>>(8)?.unwrap_or_default(),
                 };
-                if !f(row)? {
+                if !f(Found { row, segment })? {
                     return Ok(());
                 }
             }
@@ -108,7 +129,11 @@ pub fn read(after: Position, upto: Position, mut f: impl FnMut(Row) -> Result<bo
             }
         }
     })?;
-    // TRUNCATE is not MVCC: look only now whether something that was asked for may be gone.
+    check_reach(after)
+}
+
+/// TRUNCATE is not MVCC: only after a read one can tell whether something that was asked for is gone.
+fn check_reach(after: Position) -> Result<()> {
     let trimmed = trimmed_to()?;
     if after < trimmed {
         return Err(Error::operator(
@@ -120,25 +145,13 @@ pub fn read(after: Position, upto: Position, mut f: impl FnMut(Row) -> Result<bo
     Ok(())
 }
 
-/// A part of the large transaction whose first version is `first`.
-pub fn chunk(first: Hlc, ordinal: u32) -> Result<Option<Vec<u8>>> {
+/// A part of the large transaction in this segment whose first version is `first`.
+pub fn chunk(segment: u32, first: Hlc, ordinal: u32) -> Result<Option<Vec<u8>>> {
     let _superuser = ActingAs::superuser();
-    for segment in 0..SEGMENTS {
-        let query = format!(
-            "select payload from tandem.journal_chunk_{segment} where first = $1::int8::tandem.hlc and ordinal = $2"
-        );
-        let found = Spi::connect(|client| -> Result<Option<Vec<u8>>> {
-            let rows = client.select(query.as_str(), Some(1), &[(first.0 as i64).into(), (ordinal as i32).into()])?;
-            match rows.into_iter().next() {
-                Some(row) => Ok(row.get::<Vec<u8>>(1)?),
-                None => Ok(None),
-            }
-        })?;
-        if found.is_some() {
-            return Ok(found);
-        }
-    }
-    Ok(None)
+    let query = format!(
+        "select payload from tandem.journal_chunk_{segment} where first = $1::int8::tandem.hlc and ordinal = $2"
+    );
+    query::value(&query, &[(first.0 as i64).into(), (ordinal as i32).into()])
 }
 
 /// Rows at or below this position are gone, as committed now (not as of the statement's snapshot).
@@ -146,7 +159,7 @@ pub fn trimmed_to() -> Result<Position> {
     let _superuser = ActingAs::superuser();
     // SAFETY: a snapshot of now for one query, popped below; an ERROR pops it as well.
     unsafe { pg_sys::PushActiveSnapshot(pg_sys::GetLatestSnapshot()) };
-    let trimmed: Option<i64> = Spi::get_one("select trimmed_to::int8 from tandem.journal_trim")?;
+    let trimmed: Option<i64> = query::value("select trimmed_to::int8 from tandem.journal_trim", &[])?;
     // SAFETY: pushed above.
     unsafe { pg_sys::PopActiveSnapshot() };
     trimmed.map(|p| Position(p as u64)).ok_or_else(|| Error::bug("tandem.journal_trim is empty"))
@@ -156,14 +169,14 @@ fn size_of_segment(number: u32) -> Result<i64> {
     let query = format!(
         "select pg_total_relation_size('tandem.journal_{number}') + pg_total_relation_size('tandem.journal_chunk_{number}')"
     );
-    Ok(Spi::get_one::<i64>(&query)?.unwrap_or(0))
+    Ok(query::value::<i64>(&query, &[])?.unwrap_or(0))
 }
 
 fn is_empty(number: u32) -> Result<bool> {
     let query = format!(
         "select not exists (select from tandem.journal_{number}) and not exists (select from tandem.journal_chunk_{number})"
     );
-    Ok(Spi::get_one::<bool>(&query)?.unwrap_or(false))
+    Ok(query::value::<bool>(&query, &[])?.unwrap_or(false))
 }
 
 /// Goes on in the next segment when the present one is large enough, or when everything is acknowledged and
@@ -191,7 +204,8 @@ pub fn maintain() -> Result<()> {
 
 /// Truncates a segment if no writer can be in it and the peer has everything in it.
 fn truncate(number: u32, acked: Position) -> Result<()> {
-    if is_empty(number)? {
+    // The lock is logged for standbys, with an XID: first look whether it is worth it.
+    if shmem::database().segment_last[number as usize].load(Acquire) > acked.0 || is_empty(number)? {
         return Ok(());
     }
     for table in [format!("journal_{number}"), format!("journal_chunk_{number}")] {
@@ -204,7 +218,7 @@ fn truncate(number: u32, acked: Position) -> Result<()> {
     let horizon = registry::horizon();
     // SAFETY: a snapshot that sees every writer that held the lock before; popped below.
     unsafe { pg_sys::PushActiveSnapshot(pg_sys::GetLatestSnapshot()) };
-    let last: Option<i64> = Spi::get_one(&format!("select max(\"position\")::int8 from tandem.journal_{number}"))?;
+    let last: Option<i64> = query::value(&format!("select max(\"position\")::int8 from tandem.journal_{number}"), &[])?;
     let last = Position(last.unwrap_or(0) as u64);
     if last <= acked && last <= horizon {
         let stable = shmem::database().stable_own.load(Acquire);

@@ -30,11 +30,10 @@ const RECOVER: &str = "
            (select \"position\"::int8 from latest),
            greatest((select max(\"position\") from journals)::int8, (select trimmed_to from tandem.journal_trim)::int8, 0),
            (select max(node_id)::int8 from tandem.peer),
-           (select n from (
-                select 0::int8 n, max(\"position\") p from tandem.journal_0 union all
-                select 1, max(\"position\") from tandem.journal_1 union all
-                select 2, max(\"position\") from tandem.journal_2 union all
-                select 3, max(\"position\") from tandem.journal_3) s order by p desc nulls last limit 1)";
+           (select max(\"position\")::int8 from tandem.journal_0),
+           (select max(\"position\")::int8 from tandem.journal_1),
+           (select max(\"position\")::int8 from tandem.journal_2),
+           (select max(\"position\")::int8 from tandem.journal_3)";
 
 /// Fills a database's entry. Safe to run in several sessions at once: every field only rises.
 pub fn load(database: &Database) {
@@ -47,9 +46,9 @@ pub fn load(database: &Database) {
         .raise();
     }
     let _superuser = ActingAs::superuser();
-    let row = Spi::connect(|client| -> Result<[Option<i64>; 11], pgrx::spi::Error> {
+    let row = Spi::connect(|client| -> Result<[Option<i64>; 14], pgrx::spi::Error> {
         let table = client.select(RECOVER, Some(1), &[])?.first();
-        let mut row = [None; 11];
+        let mut row = [None; 14];
         row[0] = table.get::<i32>(1)?.map(i64::from);
         for (i, field) in row.iter_mut().enumerate().skip(1) {
             *field = table.get::<i64>(i + 1)?;
@@ -57,7 +56,7 @@ pub fn load(database: &Database) {
         Ok(row)
     });
     let row = row.unwrap_or_else(|e| Error::from(e).raise());
-    let [node, reserved, stable_own, stable_peer, acked, seen, seen_low, applied, last, peer, segment] =
+    let [node, reserved, stable_own, stable_peer, acked, seen, seen_low, applied, last, peer, segments @ ..] =
         row.map(|v| v.unwrap_or(0) as u64);
     let clock = &shmem::region().clock;
     for floor in [reserved, last, stable_own] {
@@ -74,8 +73,12 @@ pub fn load(database: &Database) {
     if seen != 0 {
         database.publish_seen(Mark { position: Position(seen), low: Hlc(seen_low) });
     }
+    for (held, last) in database.segment_last.iter().zip(segments) {
+        held.fetch_max(last, AcqRel);
+    }
     // The segment that was written last goes on being written.
-    let _ = database.segment.compare_exchange(0, segment as u32, AcqRel, Acquire);
+    let newest = (0u32..).zip(segments).max_by_key(|(_, last)| *last).map_or(0, |(number, _)| number);
+    let _ = database.segment.compare_exchange(0, newest, AcqRel, Acquire);
     database.peer_node.store(peer as u32, Release);
     database.node.store(node as u32, Release);
     // Without a node nothing was loaded that lasts: look again next time.

@@ -287,7 +287,7 @@ fn check_kind(rel: &PgRelation) -> Result<()> {
         return refuse("a partition");
     }
     let related = "select exists (select from pg_catalog.pg_inherits where inhrelid = $1 or inhparent = $1)";
-    if Spi::get_one_with_args::<bool>(related, &[rel.oid().into()])? == Some(true) {
+    if crate::pg::query::value::<bool>(related, &[rel.oid().into()])? == Some(true) {
         return refuse("part of an inheritance tree");
     }
     if rel.namespace() == "tandem" || rel.oid().to_u32() < pg_sys::FirstNormalObjectId {

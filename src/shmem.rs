@@ -61,6 +61,8 @@ pub struct Database {
     nonce: [AtomicU64; 2],
     /// Segment of the journal that is written now.
     pub segment: AtomicU32,
+    /// Greatest position in each segment of the journal, at least.
+    pub segment_last: [AtomicU64; crate::journal::SEGMENTS as usize],
     /// Counts changes of the extension's own catalog that the worker should notice.
     pub catalog_generation: AtomicU64,
     /// Sessions that wait for the peer to acknowledge a position.
@@ -292,6 +294,7 @@ impl Database {
         self.seen_at.fetch_max(region().clock.read(), AcqRel);
         self.seen_position.fetch_max(seen.position.0, AcqRel);
         self.seen_low.fetch_max(seen.low.0, AcqRel);
+        wake_waiters();
     }
 
     pub fn raise_stable_own(&self, to: Hlc) {
@@ -304,7 +307,9 @@ impl Database {
 
     /// The peer has our stream up to `mark`, durably: S(own) follows.
     pub fn acknowledge(&self, mark: Mark) {
-        self.acked.fetch_max(mark.position.0, AcqRel);
+        if self.acked.fetch_max(mark.position.0, AcqRel) < mark.position.0 {
+            wake_waiters();
+        }
         self.raise_stable_own(Hlc(mark.low.0.min(mark.position.0)));
     }
 
@@ -363,6 +368,7 @@ impl Database {
         self.node.store(0, Release);
         self.peer_node.store(0, Release);
         self.segment.store(0, Release);
+        self.segment_last.iter().for_each(|last| last.store(0, Release));
         self.worker.announced_stable.store(0, Release);
         self.loaded.store(false, Release);
     }

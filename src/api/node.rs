@@ -18,7 +18,7 @@ fn create_node(name: &str, id: i32) {
 fn accept_skew() {
     clock::accept_skew();
     // The worker may be waiting for just this.
-    crate::shmem::entry().bump_generation();
+    shmem::entry().bump_generation();
 }
 
 fn create(name: &str, id: i32) -> Result<()> {
@@ -44,8 +44,10 @@ fn create(name: &str, id: i32) -> Result<()> {
             "A node keeps its name and id: every version it wrote carries them. See SELECT * FROM tandem.check();",
         ));
     }
+    // The extension may have been in this database before: what shared memory has of then counts no more.
+    shmem::entry().reset();
     forget_on_abort();
-    crate::shmem::entry().bump_generation();
+    shmem::entry().bump_generation();
     Ok(())
 }
 

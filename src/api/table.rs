@@ -19,7 +19,8 @@ fn add_table(rel: PgRelation, granularity: default!(&str, "'column'"), cells: de
 }
 
 /// Adds every table of a schema that can be kept in sync and is not yet; warns of those that cannot.
-#[pg_extern]
+#[pg_extern(sql = "create function add_tables_in_schema(schema text) returns setof regclass
+    strict language c as 'MODULE_PATHNAME', '@FUNCTION_NAME@';")]
 fn add_tables_in_schema(schema: &str) -> SetOfIterator<'static, pg_sys::Oid> {
     SetOfIterator::new(answer(add_schema(schema)))
 }

@@ -79,7 +79,7 @@ fn until(timeout: Option<Interval>, done: impl Fn() -> bool) -> bool {
 fn require_peer() -> Result<()> {
     node::require()?;
     let _catalog = ActingAs::superuser();
-    if Spi::get_one::<bool>("select exists (select from tandem.peer)")? == Some(true) {
+    if crate::pg::query::value::<bool>("select exists (select from tandem.peer)", &[])? == Some(true) {
         return Ok(());
     }
     Err(Error::operator(

@@ -17,10 +17,14 @@ use pgrx::prelude::*;
 use serde_bytes::Bytes;
 use std::collections::HashMap;
 use std::rc::Rc;
+use std::time::{Duration, Instant};
 use tandem_model::change::{Change, Item};
 use tandem_model::descriptor::{Descriptor, DescriptorId};
 use tandem_model::hlc::{Hlc, Mark};
 use tandem_model::wire;
+
+/// After this long no further source transaction joins a local commit: local writers wait for its row locks.
+const LONGEST_COMMIT: Duration = Duration::from_millis(20);
 
 /// A local transaction in the making. What it says of progress counts only once it is committed.
 struct Batch<'a> {
@@ -38,17 +42,28 @@ enum Destination {
 }
 
 impl Applier {
-    /// Applies transactions in one local commit. Nothing of this process's state changes on an error.
+    /// Applies transactions in as few local commits as hold no lock for long. On an error those of earlier
+    /// commits stay applied; nothing else of this process's state changes.
     pub(super) fn run(&mut self, transactions: &mut [Transaction], careful: bool) -> Result<()> {
-        let (state, newly_held) = session::transaction(|| {
-            let mut batch = Batch::new(&mut *self, careful);
-            for transaction in transactions {
-                batch.transaction(transaction)?;
-            }
-            batch.finish()
-        })
-        .map_err(|e| report::name_peer(e, &self.peer.name))?;
-        self.committed(state, newly_held);
+        let mut rest = transactions;
+        while !rest.is_empty() {
+            let started = Instant::now();
+            let mut count = 0;
+            let (state, newly_held) = session::transaction(|| {
+                let mut batch = Batch::new(&mut *self, careful);
+                for transaction in rest.iter_mut() {
+                    batch.transaction(transaction)?;
+                    count += 1;
+                    if started.elapsed() > LONGEST_COMMIT {
+                        break;
+                    }
+                }
+                batch.finish()
+            })
+            .map_err(|e| report::name_peer(e, &self.peer.name))?;
+            self.committed(state, newly_held);
+            rest = &mut rest[count..];
+        }
         Ok(())
     }
 
@@ -193,10 +208,10 @@ impl<'a> Batch<'a> {
         if !still_active(target, &table.synced) {
             return Ok(None);
         }
-        if let Some(route) = self.applier.routes.get(&descriptor.id) {
-            if Rc::ptr_eq(&route.local, &table.synced) {
-                return Ok(Some((oid, route.clone())));
-            }
+        if let Some(route) = self.applier.routes.get(&descriptor.id)
+            && Rc::ptr_eq(&route.local, &table.synced)
+        {
+            return Ok(Some((oid, route.clone())));
         }
         match Route::new(descriptor, &target.peer.shape, table.synced.clone()) {
             Ok(route) => {

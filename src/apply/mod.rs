@@ -10,6 +10,7 @@ pub mod conflict;
 mod constraints;
 mod held;
 mod image;
+mod parents;
 mod progress;
 mod report;
 mod route;
@@ -100,13 +101,13 @@ impl Applier {
 
     /// Takes in a descriptor that later changes refer to.
     pub fn descriptor(&mut self, descriptor: Descriptor) {
-        if let Some(target) = self.targets.get_mut(&descriptor.relid) {
-            if descriptor.id > target.peer.shape.id {
-                target.peer.shape = descriptor.clone();
-                judge(target);
-                self.renewed.insert(descriptor.relid);
-                self.routes.clear();
-            }
+        if let Some(target) = self.targets.get_mut(&descriptor.relid)
+            && descriptor.id > target.peer.shape.id
+        {
+            target.peer.shape = descriptor.clone();
+            judge(target);
+            self.renewed.insert(descriptor.relid);
+            self.routes.clear();
         }
         self.routes.remove(&descriptor.id);
         self.descriptors.insert(descriptor.id, Rc::new(descriptor));
@@ -137,8 +138,8 @@ impl Applier {
         self.targets.get(&relid).is_some_and(|t| t.state == tables::State::Active)
     }
 
-    /// Applies transactions in stream order in one local commit; if that fails, one by one. Those before the
-    /// one that fails stay applied: [`Applier::progress`] tells. The error says whose turn it is.
+    /// Applies transactions in stream order, several in one local commit; if that fails, one by one. Those
+    /// before the one that fails stay applied: [`Applier::progress`] tells. The error says whose turn it is.
     pub fn apply(&mut self, mut batch: Vec<Transaction>) -> Result<Mark> {
         if batch.is_empty() {
             return Ok(self.state.applied);
@@ -152,7 +153,8 @@ impl Applier {
             self.apply_carefully(single, error)?;
             return Ok(self.state.applied);
         }
-        for transaction in &mut batch {
+        let applied = self.state.applied.position;
+        for transaction in batch.iter_mut().filter(|t| t.mark.position > applied) {
             if let Err(error) = self.run(std::slice::from_mut(transaction), false) {
                 self.apply_carefully(transaction, error)?;
             }

@@ -1,7 +1,7 @@
 //! One change of one row: lock first, look at the versions, let the model judge, do what it says.
 use super::conflict;
-use super::constraints::Gone;
 use super::image::{self, Content};
+use super::parents::Gone;
 use super::route::{Local, Route};
 use super::table::{Row, Table, set_value, value_of};
 use crate::error::{Error, Result};

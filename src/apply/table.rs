@@ -3,6 +3,7 @@
 //! [`Table::open`] takes the lock; [`Table::close`] gives everything back before the commit. After an ERROR
 //! nothing is closed by hand: the abort does it.
 use super::constraints::{self, Checks, Written};
+use super::parents;
 use crate::error::{Error, Result};
 use crate::pg::heap;
 use crate::relation::{self, Column, SyncedRelation};
@@ -34,10 +35,12 @@ pub struct Table {
     pub user_triggers: Vec<String>,
     /// One of them is for TRUNCATE.
     pub fires_on_truncate: bool,
+    /// Where a trigger of the user (UPDATE OF) finds which columns change; null if there is none.
+    updated: *mut *mut pg_sys::Bitmapset,
     /// Constraints that are looked at when the source transaction is whole.
     checks: Option<Checks>,
     /// Foreign keys on this table whose action is the source's business, but whose outcome is checked here.
-    pub parents_of: Vec<constraints::Referenced>,
+    pub parents_of: Vec<parents::Referenced>,
 }
 
 impl Table {
@@ -79,14 +82,18 @@ impl Table {
             let checks = Checks::of(&*info, estate)?;
             let user_triggers = constraints::keep_users((*info).ri_TrigDesc);
             let fires_on_truncate = constraints::has_truncate((*info).ri_TrigDesc);
-            if !constraints::any((*info).ri_TrigDesc) {
+            let mut updated = std::ptr::null_mut();
+            if constraints::any((*info).ri_TrigDesc) {
+                updated = range_table(estate, rel);
+                (*info).ri_RangeTableIndex = 1;
+            } else {
                 (*info).ri_TrigDesc = std::ptr::null_mut();
             }
             let mut epq = Box::new(pg_sys::EPQState::default());
             init_epq(&mut epq, estate);
             let table = Table {
                 rel,
-                parents_of: constraints::referenced(rel),
+                parents_of: parents::referenced(rel),
                 synced,
                 estate,
                 row_context,
@@ -98,6 +105,7 @@ impl Table {
                 defaults: HashMap::new(),
                 user_triggers,
                 fires_on_truncate,
+                updated,
                 checks,
             };
             pg_sys::MemoryContextSwitchTo(previous);
@@ -127,6 +135,9 @@ impl Table {
             pg_sys::ExecClearTuple(self.found);
             pg_sys::ExecClearTuple(self.fresh);
             pg_sys::ExecClearTuple(self.search);
+            if !self.updated.is_null() {
+                *self.updated = std::ptr::null_mut(); // It lived in the memory that goes now.
+            }
             pg_sys::MemoryContextReset(self.row_context);
             RowMemory(pg_sys::MemoryContextSwitchTo(self.row_context))
         }
@@ -176,10 +187,28 @@ impl Table {
     pub fn update(&mut self, row: &Row) {
         // SAFETY: the found slot holds the locked row.
         unsafe {
+            if !self.updated.is_null() {
+                *self.updated = self.changed_columns(row);
+            }
             fill(self.fresh, row);
             self.step(|t| pg_sys::ExecSimpleRelationUpdate(t.info, t.estate, &mut *t.epq, t.found, t.fresh));
             let place = &raw mut (*self.found).tts_tid;
             self.check(Written::Update(place, self.fresh));
+        }
+    }
+
+    /// The columns in which a row differs from the one that was found, in row memory.
+    unsafe fn changed_columns(&self, row: &Row) -> *mut pg_sys::Bitmapset {
+        // SAFETY: the found slot holds the locked row; members are attribute numbers as Postgres offsets them.
+        unsafe {
+            let old = self.found_row();
+            let changed = self.synced.columns.iter().filter(|column| {
+                !crate::value::equal(column, value_of(&old, column.attnum), value_of(row, column.attnum))
+            });
+            changed.fold(std::ptr::null_mut(), |set, column| {
+                let member = i32::from(column.attnum) - pg_sys::FirstLowInvalidHeapAttributeNumber;
+                pg_sys::bms_add_member(set, member)
+            })
         }
     }
 
@@ -377,4 +406,33 @@ unsafe fn init_epq(epq: &mut pg_sys::EPQState, estate: *mut pg_sys::EState) {
     unsafe {
         pg_sys::EvalPlanQualInit(epq, estate, none(), std::ptr::null_mut(), -1, std::ptr::null_mut())
     };
+}
+
+/// Gives the estate a range table of the one relation. Returns where the updated columns are noted.
+unsafe fn range_table(estate: *mut pg_sys::EState, rel: pg_sys::Relation) -> *mut *mut pg_sys::Bitmapset {
+    // SAFETY: nodes in the estate's own memory context, as native logical replication makes them.
+    unsafe {
+        let entry = pg_sys::palloc0(size_of::<pg_sys::RangeTblEntry>()).cast::<pg_sys::RangeTblEntry>();
+        (*entry).type_ = pg_sys::NodeTag::T_RangeTblEntry;
+        (*entry).rtekind = pg_sys::RTEKind::RTE_RELATION;
+        (*entry).relid = (*rel).rd_id;
+        (*entry).relkind = (*(*rel).rd_rel).relkind;
+        (*entry).rellockmode = pg_sys::RowExclusiveLock as i32;
+        let entries = pg_sys::lappend(std::ptr::null_mut(), entry.cast());
+        #[cfg(feature = "pg15")]
+        {
+            pg_sys::ExecInitRangeTable(estate, entries);
+            &raw mut (*entry).updatedCols
+        }
+        #[cfg(any(feature = "pg16", feature = "pg17", feature = "pg18"))]
+        {
+            let mut permissions = std::ptr::null_mut();
+            let permission = pg_sys::addRTEPermissionInfo(&mut permissions, entry);
+            #[cfg(not(feature = "pg18"))]
+            pg_sys::ExecInitRangeTable(estate, entries, permissions);
+            #[cfg(feature = "pg18")]
+            pg_sys::ExecInitRangeTable(estate, entries, permissions, pg_sys::bms_make_singleton(1));
+            &raw mut (*permission).updatedCols
+        }
+    }
 }

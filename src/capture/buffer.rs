@@ -34,6 +34,8 @@ pub struct Buffer {
     pub heartbeat: bool,
     /// Set at pre-commit: nothing may be added any more.
     pub position: Option<Position>,
+    /// The segment of the journal that it is in.
+    pub segment: u32,
     used: bool,
 }
 

@@ -6,7 +6,7 @@ use crate::journal::{Row, Segment};
 use crate::registry;
 use crate::shmem;
 use pgrx::prelude::*;
-use tandem_model::hlc::Hlc;
+use tandem_model::hlc::{Hlc, Position};
 
 /// Writes this transaction to the journal, if it has anything to say.
 pub fn at_pre_commit() {
@@ -25,13 +25,16 @@ pub fn at_pre_commit() {
     }
     // SAFETY: TOAST wants a snapshot; popped below, or by the abort.
     unsafe { pg_sys::PushActiveSnapshot(pg_sys::GetTransactionSnapshot()) };
-    let position = write(buffer);
+    let (position, segment) = write(buffer);
     // SAFETY: pushed above.
     unsafe { pg_sys::PopActiveSnapshot() };
-    buffer::with(|b| b.position = Some(position));
+    buffer::with(|b| {
+        b.position = Some(position);
+        b.segment = segment;
+    });
 }
 
-fn write(buffer: &mut Buffer) -> tandem_model::hlc::Position {
+fn write(buffer: &mut Buffer) -> (Position, u32) {
     let segment = Segment::pick();
     let first = registry::first();
     let mut chunks = 0;
@@ -53,5 +56,5 @@ fn write(buffer: &mut Buffer) -> tandem_model::hlc::Position {
     let stable = Hlc(database.stable_own.load(std::sync::atomic::Ordering::Acquire));
     let mark = registry::enter();
     segment.append(&Row { mark, seen, stable, first, chunks, payload: std::mem::take(&mut buffer.body) });
-    mark.position
+    (mark.position, segment.number)
 }

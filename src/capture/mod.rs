@@ -91,10 +91,11 @@ unsafe extern "C-unwind" fn at_transaction(event: pg_sys::XactEvent::Type, _arg:
 
 /// The commit is visible. Must not raise.
 fn at_commit() {
-    if let Some(position) = buffer::with(|b| b.position.take()) {
+    if let Some((position, segment)) = buffer::with(|b| b.position.take().map(|p| (p, b.segment))) {
         LAST_POSITION.set(position);
         let database = shmem::entry();
         database.last_position.fetch_max(position.0, std::sync::atomic::Ordering::AcqRel);
+        database.segment_last[segment as usize].fetch_max(position.0, std::sync::atomic::Ordering::AcqRel);
         // SAFETY: set by this very commit. It is published before the slot is cleared, so that whoever takes
         // a horizon above this position also knows what to flush (I2).
         let end = unsafe { pg_sys::XactLastCommitEnd };

@@ -99,6 +99,15 @@ pub fn store_tables(peer: &str, answer: Option<&Reply>) -> Result<bool> {
     process::transaction(|| {
         let arguments =
             [peer.into(), column(0).into(), column(1).into(), column(2).into(), column(3).into(), column(4).into()];
+        // Mostly nothing is new: find out without a write (and an XID).
+        let same = format!(
+            "select not exists ((({TOLD}) except {KNOWN}) union all ({KNOWN} except ({TOLD})))",
+            KNOWN = "select schema_name, table_name, shape, initial_rows, initial_digest from tandem.peer_table where peer = $1"
+        );
+        let same = Spi::connect(|client| client.select(same.as_str(), Some(1), &arguments)?.first().get_one::<bool>())?;
+        if same == Some(true) {
+            return Ok(false);
+        }
         Spi::connect_mut(|client| {
             let gone = format!(
                 "delete from tandem.peer_table p where peer = $1 and not exists (select from ({TOLD}) t \

@@ -48,6 +48,16 @@ pub fn shake_hands(link: &mut Link, peer: &Peer) -> Result<(Introduction, Option
     let theirs: Introduction = serde_json::from_str(answer).map_err(|_| stranger())?;
     process::transaction(|| handshake::accept(&theirs))?;
     catalog::note_introduction(peer, &theirs)?;
+    if !theirs.confirmed {
+        return Err(Error::retry(
+            PgSqlErrorCode::ERRCODE_CANNOT_CONNECT_NOW,
+            "the peer's own connection to this node reaches another start of it, or another server",
+        )
+        .hint(
+            "After a restart this goes on by itself within seconds. If it stays, look at tandem.status on the peer: \
+             this database may be a copy of the node that the peer is paired with.",
+        ));
+    }
     let tables = link.query(PEER_TABLES, &[], timeout)?;
     Ok((theirs, tables))
 }

@@ -1,5 +1,8 @@
 //! The driver of one peer's session: does what `tandem_model::session` decides, over the link and with the
 //! applier, and keeps the status. One turn of its loop takes what has arrived, or waits for more.
+mod applying;
+mod telling;
+
 use crate::apply::{Applier, Body, PeerIdentity, Transaction};
 use crate::clock::boot_ms;
 use crate::error::{Class, Error, Result};
@@ -9,7 +12,7 @@ use crate::exchange::housekeeping::Housekeeping;
 use crate::exchange::link::{Event as Arrival, Link, Reply};
 use crate::exchange::spool::Spool;
 use crate::exchange::status::State;
-use crate::exchange::{contact, link, process};
+use crate::exchange::{contact, process, refusal};
 use crate::guc;
 use crate::shmem::Database;
 use pgrx::prelude::*;
@@ -274,7 +277,7 @@ impl Driver {
             Action::Disconnect => {
                 if self.contact.is_some() {
                     // The session's own decision: nothing was heard in time.
-                    let error = link::silent();
+                    let error = refusal::silent();
                     self.complain(State::Connecting, &error);
                     self.failure = Some(error);
                 }
@@ -384,53 +387,6 @@ impl Driver {
         Ok(())
     }
 
-    /// Applies (or passes over) the first so many of the queue.
-    fn apply(&mut self, count: usize) -> Event<'static> {
-        let Some(contact) = &mut self.contact else { return Event::ApplyFailed { retry: true } };
-        let Some(first) = self.queue.front() else { return Event::Applied(count) };
-        let first = first.mark.position;
-        let skip = self.peer.skip == Some(first);
-        let count = if skip { 1 } else { count };
-        process::report_activity(true, &format!("applying {first}"));
-        let batch: Result<Vec<Transaction>> = self.queue.iter().take(count).map(copy).collect();
-        let applied = match (batch, skip) {
-            (Err(error), _) => Err(error),
-            (Ok(mut batch), true) => {
-                let why = self.trouble.as_ref().map_or("", |(_, e)| e.message.as_str());
-                contact.applier.skip(batch.remove(0), why).and_then(|mark| {
-                    catalog::clear_skip(&self.peer.name)?;
-                    Ok(mark)
-                })
-            }
-            (Ok(batch), false) => contact.applier.apply(batch),
-        };
-        process::report_activity(false, "tandem exchange");
-        match applied {
-            Ok(mark) => {
-                self.queue.drain(..count);
-                self.database.worker.applied(mark, count);
-                self.database.worker.stuck_at(Position(0));
-                self.trouble = None;
-                self.peer.skip = self.peer.skip.filter(|_| !skip);
-                Event::Applied(count)
-            }
-            Err(error) => {
-                // Those before the one that fails are applied.
-                let mark = contact.applier.progress();
-                let count = self.queue.iter().take_while(|t| t.mark.position <= mark.position).count();
-                self.queue.drain(..count);
-                self.database.worker.applied(mark, count);
-                self.database.worker.stuck_at(self.queue.front().map_or(Position(0), |t| t.mark.position));
-                let retry = error.class == Class::Retry;
-                let state = if retry { State::CatchUp } else { State::Stopped };
-                let error = gave_way(error);
-                self.complain(state, &error);
-                self.trouble = Some((state, error));
-                if count > 0 { Event::Applied(count) } else { Event::ApplyFailed { retry } }
-            }
-        }
-    }
-
     /// The link is of no use any more.
     fn fail(&mut self, error: Error) {
         let state = match error.class {
@@ -444,71 +400,4 @@ impl Driver {
             Err(violation) => pgrx::warning!("tandem exchange: {}", violation.0),
         }
     }
-
-    /// Shows an error and logs it, unless it is the one that is shown already.
-    fn complain(&self, state: State, error: &Error) {
-        let status = &self.database.worker;
-        status.note_error(error);
-        status.enter(state, &error.message, error.hint.as_deref());
-        let told = self.trouble.as_ref().map(|(_, e)| e).into_iter().chain(&self.failure);
-        let ordinary = error.sqlstate == PgSqlErrorCode::ERRCODE_LOCK_NOT_AVAILABLE;
-        if !ordinary && !told.into_iter().any(|t| t.message == error.message) {
-            // Without the detail: it may quote rows. `tandem.status` has it.
-            pgrx::log!("tandem exchange with \"{}\" is {}: {error}", self.peer.name, state.name());
-        }
-    }
-
-    /// While there is a failure to tell, that is what is shown, not the attempt to mend it.
-    fn show_contacting(&self, state: State) {
-        if self.failure.is_none() {
-            self.database.worker.enter(state, "", None);
-        }
-    }
-
-    /// Shows what is going on, unless a failure is shown.
-    fn show(&self) {
-        let status = &self.database.worker;
-        if self.failure.is_some() || !self.session.is_open() {
-            return;
-        }
-        if let (false, Some((state, error))) = (self.peer.paused, &self.trouble) {
-            return status.enter(*state, &error.message, error.hint.as_deref());
-        }
-        let (state, reason) = match (self.peer.paused, self.session.is_behind()) {
-            (true, _) => (State::Paused, "tandem.pause() was called"),
-            (false, true) => (State::CatchUp, ""),
-            (false, false) => (State::Streaming, ""),
-        };
-        if state == State::Streaming && self.session.is_idle() {
-            status.current_at(crate::clock::wall_ms());
-        }
-        let hint = (state == State::Paused).then_some("SELECT tandem.resume();");
-        status.enter(state, reason, hint);
-    }
-}
-
-/// That applying gave way to a user is nothing to worry about: say so.
-fn gave_way(mut error: Error) -> Error {
-    if error.sqlstate == PgSqlErrorCode::ERRCODE_LOCK_NOT_AVAILABLE {
-        error.message = "a session holds a lock that applying needs; tried again until it is free".to_string();
-        error.hint = Some("blocked_by in tandem.status is its process id.".to_string());
-    }
-    error
-}
-
-/// Applying takes its argument for good, and may have to be done again.
-fn copy(transaction: &Transaction) -> Result<Transaction> {
-    let body = match &transaction.body {
-        Body::Inline(items) => Body::Inline(items.clone()),
-        Body::Spooled(file) => {
-            let mut file = file.try_clone().map_err(failed)?;
-            std::io::Seek::rewind(&mut file).map_err(failed)?;
-            Body::Spooled(file)
-        }
-    };
-    Ok(Transaction { mark: transaction.mark, seen: transaction.seen, stable: transaction.stable, body })
-}
-
-fn failed(error: std::io::Error) -> Error {
-    Error::retry(PgSqlErrorCode::ERRCODE_IO_ERROR, format!("could not read a spooled transaction: {error}"))
 }

@@ -22,6 +22,10 @@ pub struct Introduction {
     pub extension_version: String,
     /// Milliseconds since the Unix epoch.
     pub clock_ms: i64,
+    /// The caller's start is the one that this node's own connection string for it reaches (or nothing was
+    /// reached yet). A copy of a node, and a restored dump, are not confirmed and must not join.
+    #[serde(default)]
+    pub confirmed: bool,
 }
 
 /// This node's introduction. In a transaction.
@@ -51,21 +55,16 @@ pub fn introduce() -> Result<Introduction> {
         encoding: encoding(),
         extension_version: env!("CARGO_PKG_VERSION").to_string(),
         clock_ms: crate::clock::wall_ms(),
+        confirmed: true,
     })
 }
 
 fn node_name() -> Result<Option<String>> {
-    match Spi::get_one("select name from tandem.node") {
-        Err(pgrx::spi::Error::InvalidPosition) => Ok(None),
-        name => Ok(name?),
-    }
+    crate::pg::query::value("select name from tandem.node", &[])
 }
 
 fn encoding() -> String {
-    match Spi::get_one("select pg_catalog.getdatabaseencoding()::text") {
-        Ok(Some(name)) => name,
-        _ => String::new(),
-    }
+    crate::pg::query::value("select pg_catalog.getdatabaseencoding()::text", &[]).ok().flatten().unwrap_or_default()
 }
 
 /// Checks that a node can be ours's peer; by both sides, so that both say why not.
@@ -123,14 +122,15 @@ fn handshake(
     your_nonce: Option<pgrx::Uuid>,
     your_position: Option<SqlPosition>,
 ) -> pgrx::Json {
-    let _ = my_nonce;
     let answer = || -> Result<pgrx::Json> {
-        let ours = introduce()?;
+        let mut ours = introduce()?;
         check(&ours, protocol.max(0) as u32, u8::try_from(node_id).unwrap_or(0), node_name)?;
         let position = your_position.map_or(Position(0), |p| p.0);
         if let Some(nonce) = your_nonce.filter(|_| position.0 != 0) {
             incarnation::check(Uuid::from_bytes(*nonce.as_bytes()), position)?;
         }
+        let known: Option<pgrx::Uuid> = crate::pg::query::value("select nonce from tandem.peer", &[])?;
+        ours.confirmed = known.is_none_or(|known| known == my_nonce);
         let value = serde_json::to_value(&ours).map_err(|e| Error::bug(format!("no introduction: {e}")))?;
         Ok(pgrx::Json(value))
     };

@@ -3,6 +3,7 @@
 //! remembers (nonce, position), and a position beyond the end of its nonce was lost here.
 use crate::error::{Error, Result};
 use crate::exchange::process;
+use crate::pg::query;
 use crate::shmem;
 use pgrx::prelude::*;
 use std::sync::atomic::Ordering::*;
@@ -46,10 +47,7 @@ pub fn check(nonce: Uuid, position: Position) -> Result<()> {
                           where next.ordinal > i.ordinal order by ordinal limit 1), $2)
           from tandem.incarnation i where nonce = $1";
     let last = shmem::database().last_position.load(Acquire) as i64;
-    let end: Option<i64> = match Spi::get_one_with_args(END, &[sql_uuid(nonce).into(), last.into()]) {
-        Err(pgrx::spi::Error::InvalidPosition) => None,
-        found => found?,
-    };
+    let end: Option<i64> = query::value(END, &[sql_uuid(nonce).into(), last.into()])?;
     let lost = |message: String| {
         Error::operator(
             PgSqlErrorCode::ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE,

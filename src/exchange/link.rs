@@ -4,8 +4,9 @@
 //! be stopped at once. (Name resolution is libpq's, and does block, as everywhere in Postgres.) What goes
 //! wrong comes back as an [`Error`] that never holds a password or a connection string.
 use crate::clock::boot_ms;
-use crate::error::{Class, Error, Result};
+use crate::error::{Error, Result};
 use crate::exchange::process::{self, Socket};
+use crate::exchange::refusal;
 use pgrx::prelude::*;
 use pq_sys::{ExecStatusType as Status, PGconn, PGresult};
 use std::ffi::{CStr, CString, c_char, c_int};
@@ -189,23 +190,7 @@ impl Link {
     }
 
     fn connect_error(&self) -> Error {
-        let message = self.message();
-        let lines = message.lines().map(str::trim).filter(|l| !l.is_empty() && !l.starts_with("LOCATION:"));
-        let (mut code, mut texts) = (None, Vec::new());
-        for line in lines {
-            match split_sqlstate(line) {
-                Some((found, text)) => {
-                    code = Some(found);
-                    texts.push(text);
-                }
-                None => texts.push(line.to_string()),
-            }
-        }
-        let message = format!("could not connect to the peer: {}", texts.join("; "));
-        match code {
-            Some(code) => classify(code, message, None),
-            None => classify("08001".to_string(), message, None),
-        }
+        refusal::of_connecting(&self.message())
     }
 
     /// The connection is no longer usable.
@@ -291,7 +276,8 @@ impl Link {
     fn server_error(&self, reply: &Reply) -> Error {
         let Some(code) = reply.field(pq_sys::PG_DIAG_SQLSTATE) else { return self.lost() };
         let message = reply.field(pq_sys::PG_DIAG_MESSAGE_PRIMARY).unwrap_or_default();
-        let mut error = classify(code, format!("the peer says: {message}"), reply.field(pq_sys::PG_DIAG_MESSAGE_HINT));
+        let mut error =
+            refusal::classify(code, format!("the peer says: {message}"), reply.field(pq_sys::PG_DIAG_MESSAGE_HINT));
         error.detail = reply.field(pq_sys::PG_DIAG_MESSAGE_DETAIL);
         error
     }
@@ -325,17 +311,11 @@ impl Link {
                 Some(Event::Failed(error)) => failure = Some(error),
                 Some(Event::Done) => {}
                 Some(Event::Synced) => return failure.map_or(Ok(rows), Err),
-                None if boot_ms() >= deadline => return Err(silent()),
+                None if boot_ms() >= deadline => return Err(refusal::silent()),
                 None => self.wait(deadline - boot_ms())?,
             }
         }
     }
-}
-
-/// The error of a peer that doesn't answer.
-pub fn silent() -> Error {
-    Error::retry(PgSqlErrorCode::ERRCODE_CONNECTION_FAILURE, "the peer does not answer")
-        .hint("Check the network, and what the peer's server is doing; tandem.peer_timeout sets how long is waited.")
 }
 
 fn malformed() -> Error {
@@ -405,44 +385,4 @@ impl Options {
         unsafe { pq_sys::PQconninfoFree(list) };
         Ok(options)
     }
-}
-
-/// Splits "…: FATAL:  28P01: text" into the code and the line without it.
-fn split_sqlstate(line: &str) -> Option<(String, String)> {
-    let (start, _) = line.match_indices(":  ").find(|(i, _)| {
-        let rest = line[i + 3..].as_bytes();
-        rest.len() > 6 && rest[5] == b':' && rest[..5].iter().all(|b| b.is_ascii_digit() || b.is_ascii_uppercase())
-    })?;
-    let code = line[start + 3..start + 8].to_string();
-    Some((code, format!("{}:{}", &line[..start], &line[start + 9..])))
-}
-
-/// The error of a SQLSTATE that came from the peer: whose turn it is, and what to do.
-fn classify(code: String, message: String, hint: Option<String>) -> Error {
-    let (class, remedy) = match code.as_str() {
-        "28P01" | "28000" => {
-            (Class::Operator, "Check user and password of the connection string, and pg_hba.conf of the peer.")
-        }
-        "3D000" => (Class::Operator, "Check dbname in the connection string, or create the database on the peer."),
-        "3F000" | "42883" => {
-            (Class::Operator, "On the peer, in the database of the connection string: CREATE EXTENSION tandem;")
-        }
-        "42501" => (Class::Operator, "On the peer: GRANT tandem_peer TO the user of the connection string;"),
-        "57P03" => (Class::Retry, "The peer's server is starting up or shutting down; this goes on by itself."),
-        "53300" => (Class::Retry, "Raise max_connections on the peer."),
-        "08001" => (Class::Retry, "Check that the peer is up and that the connection string leads to it."),
-        c if matches!(&c[..c.len().min(2)], "08" | "40" | "53" | "57" | "58") || c == "55P03" => (Class::Retry, ""),
-        _ => (Class::Operator, ""),
-    };
-    let hint = hint.or_else(|| (!remedy.is_empty()).then(|| remedy.to_string()));
-    Error { class, sqlstate: sqlstate(&code), message, detail: None, hint }
-}
-
-fn sqlstate(code: &str) -> PgSqlErrorCode {
-    let packed = code
-        .bytes()
-        .take(5)
-        .enumerate()
-        .fold(0, |sum, (i, b)| sum | (i32::from(b.wrapping_sub(b'0') & 0x3f) << (6 * i)));
-    PgSqlErrorCode::from(packed)
 }

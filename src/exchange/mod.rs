@@ -12,6 +12,7 @@ mod housekeeping;
 mod incarnation;
 pub mod link;
 mod process;
+mod refusal;
 mod serve;
 mod spool;
 mod status;

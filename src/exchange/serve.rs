@@ -192,7 +192,7 @@ impl Batch {
     }
 
     /// Takes a transaction, of a large one the chunks from `done` on. False when the reply is full.
-    fn take(&mut self, row: &journal::Row, done: u32) -> Result<bool> {
+    fn take(&mut self, journal::Found { row, segment }: &journal::Found, done: u32) -> Result<bool> {
         if self.full() {
             self.more = true;
             return Ok(false);
@@ -212,7 +212,7 @@ impl Batch {
                 self.more = true;
                 return Ok(false);
             }
-            let chunk = journal::chunk(row.first, index)?.ok_or_else(|| {
+            let chunk = journal::chunk(*segment, row.first, index)?.ok_or_else(|| {
                 Error::bug(format!("chunk {index} of the transaction at {} is gone", row.mark.position))
             })?;
             self.describe(&chunk)?;
@@ -225,7 +225,7 @@ impl Batch {
 
 fn descriptor(id: DescriptorId) -> Result<Descriptor> {
     let shape: Option<String> =
-        Spi::get_one_with_args("select shape from tandem.descriptor where id = $1", &[(id as i32).into()])?;
+        crate::pg::query::value("select shape from tandem.descriptor where id = $1", &[(id as i32).into()])?;
     let shape =
         shape.ok_or_else(|| Error::bug(format!("the journal refers to descriptor {id}, which is not there")))?;
     let mut descriptor: Descriptor =
@@ -261,7 +261,7 @@ fn reply(after: Position, chunks_done: u32, max_bytes: usize) -> Result<Vec<Vec<
     let told = if told.len() > MAX_TOLD { HashSet::new() } else { told };
     let mut batch = Batch { frames: Vec::new(), bytes: 0, limit: max_bytes, told, last: None, more: false };
     let mut done = chunks_done;
-    journal::read(after, noted.horizon, |row| batch.take(&row, std::mem::take(&mut done)))?;
+    journal::read(after, noted.horizon, |found| batch.take(&found, std::mem::take(&mut done)))?;
     if !batch.frames.is_empty() {
         // Every commit at or below the horizon had told its end of WAL before the horizon was taken.
         process::flush_to(shmem::region().flush_lsn.load(Acquire));

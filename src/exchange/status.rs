@@ -4,6 +4,7 @@
 //! All plain atomics: a reader takes them under a turn counter and looks again if the writer was at it.
 use crate::error::{Class, Error};
 use crate::exchange::process;
+use crate::pg::identity::ActingAs;
 use pgrx::prelude::*;
 use std::sync::atomic::{AtomicI32, AtomicI64, AtomicU8, AtomicU32, AtomicU64, Ordering::*};
 use tandem_model::hlc::{Mark, Position};
@@ -215,7 +216,7 @@ impl WorkerStatus {
             let before = self.turn.load(Acquire);
             let texts = read();
             std::sync::atomic::fence(Acquire);
-            if before % 2 == 0 && self.turn.load(Relaxed) == before {
+            if before.is_multiple_of(2) && self.turn.load(Relaxed) == before {
                 return texts;
             }
             std::hint::spin_loop();
@@ -245,8 +246,14 @@ fn interval_ms(ms: i64) -> Option<Interval> {
 /// The first of those who hold a lock that this process waits for.
 fn blocked_by(pid: i32) -> Option<i32> {
     let blockers: Option<Vec<i32>> =
-        Spi::get_one_with_args("select pg_catalog.pg_blocking_pids($1)", &[pid.into()]).ok().flatten();
+        crate::pg::query::value("select pg_catalog.pg_blocking_pids($1)", &[pid.into()]).ok().flatten();
     blockers?.into_iter().find(|p| *p != 0)
+}
+
+/// Name of the peer in the catalog.
+fn the_peer() -> Option<String> {
+    let _superuser = ActingAs::superuser();
+    Spi::get_one("select name from tandem.peer limit 1").ok().flatten()
 }
 
 /// The exchange workers of this database: what `tandem.status` shows beside the catalog.
@@ -280,9 +287,9 @@ fn peer_status() -> TableIterator<
     let database = crate::shmem::database();
     let status = &database.worker;
     let [peer, reason, hint, error] = status.texts();
-    if peer.is_empty() {
-        return TableIterator::new(Vec::new());
-    }
+    // Before the first worker only the catalog knows the name; the supervisor may have said why there is none.
+    let peer = if peer.is_empty() { the_peer() } else { Some(peer) };
+    let Some(peer) = peer else { return TableIterator::new(Vec::new()) };
     let position = |raw: u64| crate::types::SqlPosition(Position(raw));
     let text = |text: String| (!text.is_empty()).then_some(text);
     let pid = Some(status.pid.load(Acquire)).filter(|p| *p != 0);

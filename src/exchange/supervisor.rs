@@ -52,11 +52,13 @@ struct Watched {
     /// Looks that are left, of [`LOOKS_MS`], and the catalog's generation that they are for.
     looks: usize,
     generation: u64,
+    /// It was not yet logged that no slot is free.
+    quiet: bool,
 }
 
 impl Watched {
     fn new(oid: pg_sys::Oid, generation: u64) -> Watched {
-        Watched { oid, worker: None, due: Some(0), started: 0, failures: 0, looks: 1, generation }
+        Watched { oid, worker: None, due: Some(0), started: 0, failures: 0, looks: 1, generation, quiet: true }
     }
 
     fn entry(&self) -> Option<&'static Database> {
@@ -114,9 +116,13 @@ impl Watched {
             Ok(worker) => {
                 self.worker = Some(worker);
                 self.due = None;
+                self.quiet = true;
             }
             Err(_) => {
                 self.due = Some(now + LONGEST_DELAY_MS / 2);
+                if std::mem::take(&mut self.quiet) {
+                    pgrx::warning!("tandem supervisor: no background worker slot is free; raise max_worker_processes");
+                }
                 let Some(database) = self.entry() else { return };
                 let error = Error::operator(
                     PgSqlErrorCode::ERRCODE_CONFIGURATION_LIMIT_EXCEEDED,

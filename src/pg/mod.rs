@@ -2,4 +2,5 @@
 pub mod heap;
 pub mod identity;
 pub mod names;
+pub mod query;
 pub mod settings;

@@ -49,25 +49,39 @@ fn row_lines(row: &[String], widths: &[usize]) -> Vec<String> {
         .collect()
 }
 
+/// Breaks after a blank where there is one in the second half of the line, else anywhere.
 fn wrap(text: &str, room: usize) -> Vec<String> {
-    let mut lines = vec![String::new()];
-    let mut used = 0;
-    for c in text.chars().map(|c| if c.is_control() { ' ' } else { c }) {
-        if used + char_width(c) > room && used > 0 {
-            if lines.len() == MAX_LINES {
-                lines.last_mut().into_iter().for_each(|last| {
-                    last.pop();
-                    last.push('…');
-                });
-                break;
-            }
-            lines.push(String::new());
-            used = 0;
-        }
-        used += char_width(c);
-        lines.last_mut().into_iter().for_each(|last| last.push(c));
+    let text: String = text.chars().map(|c| if c.is_control() { ' ' } else { c }).collect();
+    let mut lines = Vec::new();
+    let mut rest = text.as_str();
+    while width(rest) > room && lines.len() + 1 < MAX_LINES {
+        let (line, next) = rest.split_at(break_point(rest, room));
+        lines.push(line.trim_end().to_string());
+        rest = next;
+    }
+    if width(rest) > room {
+        let cut = break_point(rest, room.saturating_sub(1));
+        lines.push(format!("{}…", &rest[..cut]));
+    } else {
+        lines.push(rest.to_string());
     }
     lines
+}
+
+/// Byte offset at which a text that is too wide is broken; above 0.
+fn break_point(text: &str, room: usize) -> usize {
+    let mut used = 0;
+    let mut after_blank = None;
+    for (at, c) in text.char_indices() {
+        used += char_width(c);
+        if used > room && at > 0 {
+            return after_blank.unwrap_or(at);
+        }
+        if c == ' ' && used > room / 2 {
+            after_blank = Some(at + 1);
+        }
+    }
+    text.len()
 }
 
 fn pad(text: &str, room: usize) -> String {

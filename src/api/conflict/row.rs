@@ -40,10 +40,9 @@ pub fn write(relation: &SyncedRelation, stored: &Stored, choice: &Choice, force:
         Spi::connect_mut(|client| -> Result<Option<Error>> {
             let key = key_of(relation, stored)?;
             let present = table.lock(client, &key)?;
-            if !force && !matches!(choice, Choice::Beside(_)) {
-                if let Some(error) = changed_since(relation, stored, choice, present.as_ref())? {
-                    return Ok(Some(error));
-                }
+            let overwrites = !force && !matches!(choice, Choice::Beside(_));
+            if overwrites && let Some(error) = changed_since(relation, stored, choice, present.as_ref())? {
+                return Ok(Some(error));
             }
             table.apply(client, &key, present.as_ref(), choice).map(|()| None)
         })?

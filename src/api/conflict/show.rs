@@ -30,6 +30,10 @@ fn heading(stored: &Stored) -> Vec<String> {
             node_name(stored, record.winning.node()),
             record.winning
         ),
+        match record.cells.is_empty() {
+            true => "lost: the row as a whole".to_string(),
+            false => format!("lost: {}", record.cells.join("; ")),
+        },
         format!(
             "detected {}, policy {}, status {}",
             timestamp(record.detected_at),

@@ -128,9 +128,13 @@ impl Stored {
         self.side(self.record.result.as_ref())
     }
 
-    /// The row that both started from.
+    /// The row that both started from: two inserts met where there was none.
     pub fn base(&self) -> Side<'_> {
-        self.shown.base.as_ref().map_or(Side::Unknown, Side::Row)
+        match (&self.shown.base, self.record.conflict_type) {
+            (Some(image), _) => Side::Row(image),
+            (None, ConflictType::InsertExists) => Side::NoRow,
+            (None, _) => Side::Unknown,
+        }
     }
 
     /// Where a delete is involved, the side that has no image had no row.

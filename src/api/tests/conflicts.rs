@@ -257,6 +257,7 @@ mod tests {
             "20 *",
             "30 *",
             "local (tokyo)",
+            "lost: a",
             "status open",
         ] {
             assert!(text.contains(part), "{part}: {text}");
