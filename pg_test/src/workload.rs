@@ -212,35 +212,24 @@ impl Writer {
 
     /// One to three changes of random rows.
     fn transaction(&mut self, client: &mut Client) -> Result<(), Failure> {
-        let (mut written, mut seen) = (Vec::new(), Vec::new());
+        let mut done = Memory::default();
         client.try_exec("begin")?;
-        let changes = self.random.random_range(1..=3);
-        for _ in 0..changes {
-            self.change(client, &mut written, &mut seen)?;
+        for _ in 0..self.random.random_range(1..=3) {
+            self.change(client, &mut done)?;
         }
         let outcome = client.try_exec("commit");
-        if outcome.is_err() {
-            let started = self.memory.story.len() - changes;
-            self.memory.story.drain(started..);
-        }
         match &outcome {
-            Ok(()) => {
-                self.memory.committed.extend(written);
-                self.memory.seen.extend(seen);
-            }
+            Ok(()) => self.memory.committed.extend(done.committed),
+            Err(failure) if matches!(failure.sqlstate.as_str(), "40001" | "40P01") => return outcome,
             // Nobody knows whether this was committed: what it replaced may have been replaced.
-            Err(failure) if failure.sqlstate.is_empty() => self.memory.seen.extend(seen),
-            Err(_) => {}
+            Err(_) => done.story.iter_mut().for_each(|(_, event)| event.push_str(" (in doubt)")),
         }
+        self.memory.seen.extend(done.seen);
+        self.memory.story.extend(done.story);
         outcome
     }
 
-    fn change(
-        &mut self,
-        client: &mut Client,
-        written: &mut Vec<String>,
-        seen: &mut Vec<String>,
-    ) -> Result<(), Failure> {
+    fn change(&mut self, client: &mut Client, done: &mut Memory) -> Result<(), Failure> {
         let (table, id) = (&self.table, self.random.random_range(1..=self.keys));
         let old = client.try_cells(&format!("select a, b from {table} where id = {id} for update"))?;
         self.count += 1;
@@ -256,9 +245,9 @@ impl Writer {
         };
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         client.try_exec(&sql)?;
-        self.memory.story.push((id, format!("{:.6} {} {sql} -- was {old:?}", now.as_secs_f64(), self.name)));
-        seen.extend(old.into_iter().flat_map(|old| old[replaced.clone()].to_vec()).flatten());
-        written.extend(wrote);
+        done.story.push((id, format!("{:.6} {} {sql} -- was {old:?}", now.as_secs_f64(), self.name)));
+        done.seen.extend(old.into_iter().flat_map(|old| old[replaced.clone()].to_vec()).flatten());
+        done.committed.extend(wrote);
         Ok(())
     }
 }
