@@ -7,7 +7,7 @@ use std::collections::{BTreeSet, HashSet};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::{self, JoinHandle};
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
@@ -19,6 +19,9 @@ use crate::wait::until_true;
 
 /// Columns that the writers expect; keys are 1 to the workload's `keys`.
 pub const COLUMNS: &str = "id int primary key, a text, b text";
+
+/// Each writer's pause between transactions.
+const THINKING: Duration = Duration::from_millis(5);
 
 /// The seed of this run: `TANDEM_SEED`, or a new one; printed, so that a failure can be repeated.
 pub fn seed() -> u64 {
@@ -187,6 +190,8 @@ impl Writer {
                 client = Client::connect(&self.conninfo).ok();
                 continue;
             };
+            // Time to think: applying must keep up, or every wait is for a backlog.
+            thread::sleep(THINKING);
             match self.transaction(session) {
                 Ok(()) => drop(commits.fetch_add(1, Ordering::Relaxed)),
                 // Lost races are part of the game; a broken connection means a server in trouble.
