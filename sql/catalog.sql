@@ -122,7 +122,7 @@ create table tombstone (
     image bytea not null,
     descriptor int4 not null,
     primary key (relid, key)
-);
+) with (autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 2000, autovacuum_vacuum_cost_delay = 0);
 create index on tombstone (hlc);
 comment on table tombstone is 'deleted rows, remembered until the deletion is known and settled on both nodes';
 

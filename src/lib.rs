@@ -40,6 +40,9 @@
 //! nothing. Why things are as they are stands at the top of each file. The promises that everything here
 //! keeps (captured if and only if committed, shipped only when flushed, commit order without gaps, exactly
 //! once, atomic, convergent, nothing lost without a record) are spelled out in the README.
+// These pages are for who reads the source: links to private rooms are meant.
+#![allow(rustdoc::private_intra_doc_links)]
+
 pgrx::pg_module_magic!(name, version);
 
 mod api;

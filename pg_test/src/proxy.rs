@@ -2,7 +2,7 @@
 //! slowed down and made to lie, and healed.
 //!
 //! One thread accepts; each connection has a thread per direction. They look at the proxy's state
-//! between reads, at least every [`TICK`].
+//! between reads, at least every `TICK`.
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream};

@@ -65,9 +65,7 @@ pub fn push(item: &Item<'_>, key: Option<u64>) {
 /// Adds a change of a row of `rel`.
 pub fn push_change(rel: &Rc<SyncedRelation>, change: &Change<'_>) {
     with(|b| {
-        if !b.relations.contains_key(&rel.descriptor) {
-            b.relations.insert(rel.descriptor, rel.clone());
-        }
+        b.relations.entry(rel.descriptor).or_insert_with(|| rel.clone());
         b.push(&Item::Change(change.clone()), Some(netting::key_hash(change)));
     });
 }

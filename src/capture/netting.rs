@@ -1,7 +1,6 @@
 //! One net effect per key: the changes of keys that a transaction touched more than once become one change
 //! each, and their tombstones what the peer computes from it (see `tandem_model::net`).
 use super::buffer::{self, Buffer};
-use super::spool::Spool;
 use crate::error::Error;
 use crate::relation::SyncedRelation;
 use crate::tombstone::{self, Tombstone};
@@ -129,5 +128,7 @@ pub fn note_met(rel: &SyncedRelation, key: &[u8], tombstone: &Tombstone) {
 
 /// Closes the temporary file of a transaction that has nothing to say after all.
 pub fn drop_spool(buffer: &mut Buffer) {
-    buffer.spool.take().map(Spool::close);
+    if let Some(spool) = buffer.spool.take() {
+        spool.close();
+    }
 }

@@ -153,6 +153,8 @@ fn record(key: &[u8], loss: &Loss) -> Record {
         losing: loss.losing,
         winning: loss.winning,
         cells: loss.cells.iter().map(|c| c.to_string()).collect(),
+        lost: BTreeMap::new(),
+        replaced: BTreeMap::new(),
         base: None,
         tuples: BTreeMap::new(),
         result: None,
