@@ -3,7 +3,6 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
-use tandem_pg_test::wait::full_size;
 use tandem_pg_test::{Client, Node, Pair, shared};
 
 #[test]
@@ -177,7 +176,7 @@ fn peak_memory(pid: i32) -> u64 {
 #[test]
 fn s08_one_large_transaction_in_bounded_memory() {
     const BOUND: u64 = 400 << 20;
-    let rows = if full_size() { 1_000_000 } else { 200_000 };
+    let rows = 1_000_000;
     let pair = shared();
     pair.table("s08", "id int primary key, a text");
     let (serving, worker) = (pair.a.serving_pid(), pair.b.worker_pid());
@@ -197,7 +196,7 @@ fn s08_one_large_transaction_in_bounded_memory() {
 
 #[test]
 fn s08_many_small_transactions() {
-    let transactions = if full_size() { 100_000 } else { 10_000 };
+    let transactions = 100_000;
     let pair = shared();
     pair.table("s08_small", "id int primary key, a text");
     pair.b.exec("set synchronous_commit = off");
@@ -212,7 +211,7 @@ fn s08_many_small_transactions() {
 
 #[test]
 fn s08_one_large_row() {
-    let megabytes = if full_size() { 50 } else { 10 };
+    let megabytes = 50;
     let pair = shared();
     pair.table("s08_row", "id int primary key, a text, b int");
     pair.a.exec(&format!(
@@ -229,7 +228,7 @@ fn s08_one_large_row() {
 
 #[test]
 fn s09_a_thousand_tables() {
-    let tables = if full_size() { 1000 } else { 200 };
+    let tables = 1000;
     let pair = shared();
     pair.exec("create schema s09");
     pair.exec(&format!(
@@ -281,7 +280,7 @@ fn s11_keys_of_every_kind() {
         ("big", "k bigint primary key", "(-9223372036854775808)", "(9223372036854775807)"),
     ];
     for (name, columns, first, second) in kinds {
-        let table = format!("s11_{name}");
+        let table = format!("s11_by_{name}");
         pair.table(&table, &format!("{columns}, a text default 'new'"));
         pair.a.exec(&format!("insert into {table} values {first}"));
         pair.b.exec(&format!("insert into {table} values {second}"));

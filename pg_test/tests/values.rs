@@ -150,7 +150,8 @@ fn s45_every_type_round_trips() {
         for (i, (kind, value)) in columns.iter().enumerate() {
             // Compared by the output of a fresh session and, as a record image, bit by bit.
             let query = format!(
-                "select row(c{i}) *= row({value}::{kind}), c{i}::text is not distinct from ({value}::{kind})::text
+                "select (select r from (select s45.c{i} as v) r) *= (select r from (select ({value})::{kind} as v) r),
+                     c{i}::text is not distinct from (({value})::{kind})::text
                  from s45 where id = {id}"
             );
             for node in pair.nodes() {

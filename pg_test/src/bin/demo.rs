@@ -103,15 +103,18 @@ fn disagree(pair: &Pair) -> String {
     show(&pair.a, "select peer, state, reason from tandem.status");
     say("Changes of different columns are merged; where both changed the same one, the later write shows:");
     show(&pair.a, "select id, name, email, credit from customers order by id");
-    say("The other one is not lost. On A:");
+    say("The other one is not lost. On A, and mirrored on B:");
     let condition = "relation = 'customers'::regclass";
-    show(
-        &pair.a,
-        &format!(
-            "select conflict_type, key_tuple, base_tuple, local_tuple, remote_tuple, status
-             from tandem.conflicts where {condition}"
-        ),
-    );
+    for node in pair.nodes() {
+        show(
+            node,
+            &format!(
+                "select conflict_type, key_tuple as key, base_tuple->'credit' as base, local_tuple->'credit' as local,
+                        remote_tuple->'credit' as remote, result_tuple->'credit' as result, status
+                 from tandem.conflicts where {condition}"
+            ),
+        );
+    }
     pair.a.one(&format!("select conflict_id from tandem.conflicts where {condition}"))
 }
 
