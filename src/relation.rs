@@ -253,7 +253,8 @@ fn describe_column(attribute: &pg_sys::FormData_pg_attribute, name: String, key:
         name,
         typid: attribute.atttypid,
         typmod: attribute.atttypmod,
-        type_name: type_name.to_string_lossy().into_owned(),
+        // Versions of Postgres differ in which of their own types they qualify.
+        type_name: type_name.to_string_lossy().trim_start_matches("pg_catalog.").to_string(),
         transport: codec.transport,
         cell: 0,
         key_ordinal: key.iter().position(|k| *k == attribute.attnum),
