@@ -13,8 +13,9 @@ use crate::registry;
 use crate::shmem;
 use pgrx::prelude::*;
 use std::cell::Cell;
-use tandem_model::change::Item;
-use tandem_model::hlc::{Mark, Position};
+use tandem_model::change::{Item, Op};
+use tandem_model::hlc::{Hlc, Mark, Position};
+use tandem_model::versions::{CellId, Versions};
 
 thread_local! {
     /// While Tandem applies: its own triggers are silent.
@@ -55,6 +56,25 @@ pub fn emit(item: &Item<'_>) {
         registry::stamp();
     }
     buffer::push(item, None);
+}
+
+/// Adds an update of cells that Tandem itself made in its own name, past the triggers: `versions` is what the
+/// row listed before.
+pub fn cells_written(
+    rel: &std::rc::Rc<crate::relation::SyncedRelation>,
+    old: &change::Row,
+    new: &change::Row,
+    versions: &Versions,
+    version: Hlc,
+    cells: &[CellId],
+) {
+    let base = Versions {
+        birth: versions.birth,
+        dead: versions.dead,
+        cells: cells.iter().map(|cell| (*cell, versions.cell(*cell))).collect(),
+    };
+    let facts = change::Facts { op: Op::Update, version, life: versions.birth, base, cells: cells.to_vec() };
+    change::build(rel, facts, new, Some(old), None, |change| buffer::push_change(rel, change));
 }
 
 /// The `seen` that this very commit reaches: of a transaction that applies the peer's changes.

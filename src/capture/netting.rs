@@ -1,6 +1,7 @@
 //! One net effect per key: the changes of keys that a transaction touched more than once become one change
 //! each, and their tombstones what the peer computes from it (see `tandem_model::net`).
 use super::buffer::{self, Buffer};
+use crate::displaced;
 use crate::error::Error;
 use crate::relation::SyncedRelation;
 use crate::tombstone::{self, Tombstone};
@@ -84,6 +85,10 @@ fn bury(buffer: &Buffer, mut changes: Vec<Change<'_>>, netted: &[Change<'_>]) {
         let met = buffer.met.get(&key);
         match netted.get(&key) {
             None => match met {
+                Some(before) if before.is_alive() => {
+                    tombstone::remove(rel.relid, &key.1);
+                    displaced::put_back(rel.relid, &key.1, before);
+                }
                 Some(tombstone) => tombstone::put(rel.relid, &key.1, tombstone),
                 None => {
                     tombstone::remove(rel.relid, &key.1);

@@ -11,6 +11,7 @@
 use super::buffer;
 use super::change::{self, Facts, Row, build, datum};
 use super::netting;
+use crate::displaced;
 use crate::error::{Error, Result};
 use crate::pg::heap;
 use crate::pg::identity::ActingAs;
@@ -288,7 +289,8 @@ fn capture_insert(
     let key = change::key_of(rel, row);
     let mut version = stamped;
     let mut base = Versions::default();
-    if let Some(found) = tombstone::find(rel.relid, &key) {
+    let displaced = displaced::find(rel.relid, &key).map(|displaced| displaced.row);
+    if let Some(found) = tombstone::find(rel.relid, &key).or(displaced) {
         base = found.versions.clone();
         base.trim(&shmem::database().stable_points());
         if found.hlc >= version {
@@ -298,6 +300,7 @@ fn capture_insert(
         }
         netting::note_met(rel, &key, &found);
         tombstone::remove(rel.relid, &key);
+        displaced::remove(rel.relid, &key);
     }
     let facts = Facts { op: Op::Insert, version, life: version, base, cells: rel.cell_ids() };
     build(rel, facts, row, None, moved, |change| buffer::push_change(rel, change));

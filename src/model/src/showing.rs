@@ -6,9 +6,9 @@
 //! (displaced): they are alive, change and die as any row does, and come back when their place is free.
 //!
 //! Whether a row shows depends on greater rows alone, so the walk can be continued from any state: [`place`]
-//! takes the rows that may have to change places, greatest first, and whatever that frees or takes. What it
-//! leaves is what a walk from the start would find, provided that every displaced row is among the rows it is
-//! given sooner or later. (Deciding value by value has no unique answer with two constraints and none with
+//! takes the rows that may have to change places, greatest first, and whatever they push aside. Once it was
+//! given every displaced row, what shows is what a walk from the start would find: so they are asked again after
+//! each commit, by whomever, that may have freed a place. (Deciding value by value has no unique answer with two constraints and none with
 //! three: rows that claim each other's values in a ring would change places for ever.)
 //!
 //! The rank is the row's `_hlc`: kept for good and the same on both nodes. (The greatest version over the
@@ -35,8 +35,6 @@ pub trait Shelf {
     fn rivals(&mut self, row: &Self::Row) -> Result<Vec<Rank>, Self::Error>;
     /// Takes a row off the shelf.
     fn take(&mut self, rank: &Rank) -> Result<Self::Row, Self::Error>;
-    /// Displaced rows that claim a value which `row`, just taken, has held. More than those do no harm.
-    fn waiting_for(&mut self, row: &Self::Row) -> Result<Vec<(Rank, Self::Row)>, Self::Error>;
     /// Puts a row onto the shelf: nothing there is in its way.
     fn show(&mut self, rank: Rank, row: Self::Row) -> Result<(), Self::Error>;
     /// Sets a row aside; `winners` stand in its way.
@@ -56,11 +54,6 @@ pub fn place<S: Shelf>(shelf: &mut S, rows: impl IntoIterator<Item = (Rank, S::R
         // Only lesser rows are taken off and asked again, so this ends.
         for lesser in below {
             let taken = shelf.take(&lesser)?;
-            for (waiter, row) in shelf.waiting_for(&taken)? {
-                if waiter < lesser {
-                    waiting.entry(waiter).or_insert(row);
-                }
-            }
             waiting.insert(lesser, taken);
         }
         shelf.show(rank, row)?;

@@ -64,10 +64,6 @@ impl Shelf for Node {
         assert!(self.shown.remove(&rank.key[0]));
         Ok(self.rows[&rank.key[0]].clone())
     }
-    fn waiting_for(&mut self, row: &Row) -> Result<Vec<(Rank, Row)>, Infallible> {
-        let waiting = self.displaced().into_iter().filter(|other| row.rivals(other));
-        Ok(waiting.map(|row| (row.rank(), row)).collect())
-    }
     fn show(&mut self, rank: Rank, row: Row) -> Result<(), Infallible> {
         assert!(self.shown.iter().all(|key| !row.rivals(&self.rows[key])), "a constraint is violated");
         self.moves += 1;
