@@ -55,9 +55,12 @@ impl Applier {
                 for transaction in rest.iter_mut() {
                     batch.transaction(transaction)?;
                     count += 1;
-                    if started.elapsed() > LONGEST_COMMIT {
+                    if started.elapsed() > LONGEST_COMMIT || session::is_waited_for() {
                         break;
                     }
+                    // Users know in which order their transactions lock rows, not how ours follow each other: from
+                    // the second one on a wait may be half of a deadlock. Each by itself waits as long as it may.
+                    session::wait_briefly();
                 }
                 batch.finish()
             })
