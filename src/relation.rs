@@ -10,6 +10,7 @@ use std::collections::HashMap;
 use std::ffi::CStr;
 use std::rc::Rc;
 use tandem_model::descriptor::{ColumnShape, Descriptor, DescriptorId, Transport};
+use tandem_model::policy_log::PolicyLog;
 use tandem_model::versions::CellId;
 
 /// A column that is kept in sync.
@@ -42,6 +43,8 @@ pub struct SyncedRelation {
     pub hlc_attnum: i16,
     pub cells_attnum: i16,
     pub natts: usize,
+    /// How its conflicts are decided.
+    pub policies: PolicyLog,
 }
 
 impl SyncedRelation {
@@ -158,6 +161,7 @@ fn build(relid: pg_sys::Oid) -> Result<Rc<SyncedRelation>> {
     };
     let mut relation = describe(relid, &granularity, cells.as_ref().map(|j| &j.0))?;
     relation.descriptor = descriptor_id(&relation)?;
+    relation.policies = crate::policy::of_table(relid)?;
     let relation = Rc::new(relation);
     CACHE.with_borrow_mut(|cache| cache.insert(relid, relation.clone()));
     Ok(relation)
@@ -238,6 +242,7 @@ pub fn describe(relid: pg_sys::Oid, granularity: &str, cells: Option<&serde_json
         hlc_attnum,
         cells_attnum,
         natts: tuple_desc.len(),
+        policies: PolicyLog::default(),
     })
 }
 

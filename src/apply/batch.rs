@@ -7,11 +7,12 @@ use super::report;
 use super::route::Route;
 use super::row::{self, Parked, Work};
 use super::table::Table;
-use super::{Applier, Target, conflict, constraints, later, session, tables, truncate};
+use super::{Applier, Target, arbiter, conflict, constraints, later, session, tables, truncate};
 use crate::capture;
 use crate::clock;
 use crate::error::{self, Error, Result};
 use crate::pg::identity::ActingAs;
+use crate::policy;
 use crate::relation::SyncedRelation;
 use pgrx::prelude::*;
 use serde_bytes::Bytes;
@@ -54,7 +55,8 @@ impl Applier {
                 for transaction in rest.iter_mut() {
                     batch.transaction(transaction)?;
                     count += 1;
-                    if started.elapsed() > LONGEST_COMMIT {
+                    // A write of ours is one of a commit by itself: what comes after it had not seen it.
+                    if batch.work.writes_own || started.elapsed() > LONGEST_COMMIT {
                         break;
                     }
                 }
@@ -88,6 +90,7 @@ impl Applier {
                 let mine: Vec<&Held> = page.iter().filter(|h| due.contains(&h.descriptor.relid)).collect();
                 for held in &mine {
                     batch.held(held)?;
+                    arbiter::settle(&mut batch.work)?;
                 }
                 held::delete(&mine.iter().map(|h| h.ordinal).collect::<Vec<_>>())?;
             }
@@ -113,6 +116,7 @@ impl<'a> Batch<'a> {
             stable_peer: applier.state.stable_peer,
             mark: applier.state.applied,
             records: Vec::new(),
+            rulings: Vec::new(),
             gone: Vec::new(),
             queued: false,
             parked: careful.then(Parked::default),
@@ -152,12 +156,13 @@ impl<'a> Batch<'a> {
         let id = match item {
             Item::Record(bytes) => return conflict::receive(bytes),
             Item::Change(change) => change.descriptor,
-            Item::Truncate { descriptor, .. } => *descriptor,
+            Item::Truncate { descriptor, .. } | Item::Policy { descriptor, .. } => *descriptor,
         };
         match (self.destination(id)?, item) {
             (Destination::Wait(descriptor), _) => self.hold(&descriptor, item),
             (Destination::Table(relid, route), Item::Change(change)) => self.change(relid, &route, change),
             (Destination::Table(relid, _), Item::Truncate { version, .. }) => self.truncate(relid, *version, seen),
+            (Destination::Table(relid, route), Item::Policy { entry, .. }) => self.policy(relid, &route, entry),
             (Destination::Table(..), Item::Record(_)) => Ok(()),
         }
     }
@@ -273,9 +278,20 @@ impl<'a> Batch<'a> {
         Ok(())
     }
 
+    /// An entry of the peer's policy log. The table is opened anew, with it, for the next change.
+    fn policy(&mut self, relid: pg_sys::Oid, route: &Route, entry: &[u8]) -> Result<()> {
+        self.unpark()?;
+        policy::receive(entry, &route.local, self.work.own, self.work.peer, |name| route.local_name(name))?;
+        if let Some(table) = self.tables.remove(&relid) {
+            table.close();
+        }
+        Ok(())
+    }
+
     /// What a source transaction owes at its end: parked rows, foreign keys, deferred unique constraints.
     fn end_of_source(&mut self) -> Result<()> {
         self.unpark()?;
+        arbiter::settle(&mut self.work)?;
         let gone = std::mem::take(&mut self.work.gone);
         for parent in gone {
             parent.check()?;
@@ -304,6 +320,7 @@ impl<'a> Batch<'a> {
             match item? {
                 Item::Change(change) => self.change(oid, &route, &change)?,
                 Item::Truncate { version, .. } => self.truncate(oid, version, Mark::default())?,
+                Item::Policy { entry, .. } => self.policy(oid, &route, entry)?,
                 Item::Record(_) => {}
             }
         }

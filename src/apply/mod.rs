@@ -4,6 +4,7 @@
 //! through [`batch`] (one local commit for several of them), each change through [`route`] (the sender's
 //! columns → ours), [`row`] (lock, judge, write) and, if something was lost by it, [`conflict`]. What
 //! cannot be applied yet waits in [`held`]; [`tables`] says why. [`progress`] remembers how far we are.
+mod arbiter;
 mod batch;
 mod body;
 pub mod conflict;
@@ -33,6 +34,7 @@ use tandem_model::descriptor::{Descriptor, DescriptorId};
 use tandem_model::hlc::{Hlc, Mark, NodeId};
 use uuid::Uuid;
 
+pub use arbiter::forget as forget_reinstated;
 pub use body::{Body, Transaction};
 
 /// Who the peer is, as the handshake told.

@@ -1,4 +1,5 @@
 //! One change of one row: lock first, look at the versions, let the model judge, do what it says.
+use super::arbiter::Ruling;
 use super::conflict;
 use super::image::{self, Content};
 use super::parents::Gone;
@@ -7,7 +8,7 @@ use super::table::{Row, Table, set_value, value_of};
 use crate::error::{Error, Result};
 use crate::pg::identity::ActingAs;
 use crate::registry;
-use crate::relation::SyncedRelation;
+use crate::relation::{Column, SyncedRelation};
 use crate::shmem;
 use crate::tombstone::{self, Tombstone};
 use crate::value;
@@ -29,6 +30,8 @@ pub struct Work {
     pub mark: Mark,
     /// Conflict records that this node made: they travel with this local commit.
     pub records: Vec<Vec<u8>>,
+    /// What the arbiter is to settle once the source transaction is whole.
+    pub rulings: Vec<Ruling>,
     /// Parents that went, to be looked at once the source transaction is whole.
     pub gone: Vec<Gone>,
     /// Something waits in the trigger queue.
@@ -312,13 +315,20 @@ pub fn refuse_trigger_writes(table: &Table, work: &Work) -> Result<()> {
 
 /// The bytes of a key, as tombstones know it.
 pub fn key_bytes(rel: &SyncedRelation, key: &[pg_sys::Datum]) -> Vec<u8> {
-    let encoded = |(value, column): (&pg_sys::Datum, &usize)| {
-        let mut out = Vec::new();
-        value::encode(&rel.columns[*column], *value, &mut out);
-        out
-    };
-    let values: Vec<Vec<u8>> = key.iter().zip(&rel.key).map(encoded).collect();
+    let values = encoded_key(rel, key);
     value::encode_key(&values.iter().map(|v| Some(v.as_slice())).collect::<Vec<_>>())
+}
+
+/// The values of a key as they travel.
+pub fn encoded_key(rel: &SyncedRelation, key: &[pg_sys::Datum]) -> Vec<Vec<u8>> {
+    key.iter().zip(&rel.key).map(|(value, column)| encoded(&rel.columns[*column], *value)).collect()
+}
+
+/// A value as it travels.
+pub fn encoded(column: &Column, value: pg_sys::Datum) -> Vec<u8> {
+    let mut out = Vec::new();
+    value::encode(column, value, &mut out);
+    out
 }
 
 /// The key of a stored row.
