@@ -159,7 +159,7 @@ impl Route {
     }
 
     fn translate_versions(&self, sent: &Versions) -> Versions {
-        let mut versions = Versions { birth: sent.birth, dead: sent.dead, cells: Vec::new() };
+        let mut versions = Versions { birth: sent.birth, dead: sent.dead, ..Versions::default() };
         for (cell, version) in &sent.cells {
             if let Some(id) = self.cell_ids.get(cell) {
                 versions.set(*id, *version);

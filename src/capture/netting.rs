@@ -94,7 +94,7 @@ fn bury(buffer: &Buffer, mut changes: Vec<Change<'_>>, netted: &[Change<'_>]) {
                     Error::bug("a deleted row has no tombstone").raise()
                 };
                 let mut versions = delete.base.clone();
-                versions.dead = delete.version;
+                versions.end(delete.version);
                 let image = image_before(rel, &now, &changes);
                 let tombstone = Tombstone { hlc: delete.version, versions, image, descriptor: now.descriptor };
                 tombstone::put(rel.relid, &key.1, &tombstone);

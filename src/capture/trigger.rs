@@ -257,6 +257,7 @@ fn capture_update(data: &pg_sys::TriggerData, rel: &Rc<SyncedRelation>, old: &Ro
         birth: before.birth,
         dead: before.dead,
         cells: cells.iter().map(|cell| (*cell, before.cell(*cell))).collect(),
+        ..Versions::default()
     };
     let facts = Facts { op: Op::Update, version, life: before.birth, base, cells };
     build(rel, facts, new, Some(old), None, |change| buffer::push_change(rel, change));
@@ -267,7 +268,7 @@ fn capture_delete(rel: &Rc<SyncedRelation>, row: &Row, version: Hlc, moved: Opti
     let mut base = listed(rel, row)?;
     base.trim(&shmem::database().stable_points());
     let mut versions = base.clone();
-    versions.dead = version;
+    versions.end(version);
     let key = change::key_of(rel, row);
     let image = change::image_of(rel, row);
     tombstone::put(rel.relid, &key, &Tombstone { hlc: version, versions, image, descriptor: rel.descriptor });

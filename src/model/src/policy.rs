@@ -22,6 +22,8 @@
 //! lost, so a policy that decides who wins can't depend on it; an arbitrated one looks at a settled pair.
 use crate::hlc::NodeId;
 use crate::record::ConflictType;
+use crate::versions::CellId;
+use std::collections::BTreeMap;
 use std::fmt;
 use std::str::FromStr;
 
@@ -51,6 +53,25 @@ pub enum Policy {
     Custom(String),
     /// What a person says; until then the conflict is open.
     Manual,
+}
+
+/// The policies by which a pair is judged, cells as the receiver numbers them. By default the later
+/// version wins throughout. Arbitrated policies are last-update-wins here.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Policies {
+    /// Whether the row shows: the table's policy that decides it.
+    pub existence: Policy,
+    /// What cells hold that have no policy of their own.
+    pub others: Policy,
+    /// Cells of columns that have one.
+    pub cells: BTreeMap<CellId, Policy>,
+}
+
+impl Policies {
+    /// The policy of a cell.
+    pub fn cell(&self, cell: CellId) -> &Policy {
+        self.cells.get(&cell).unwrap_or(&self.others)
+    }
 }
 
 /// Who settles a pair, and when.

@@ -124,7 +124,7 @@ mod tests {
             key: key.iter().map(|k| k.map(Bytes::new)).collect(),
             version: Hlc(129),
             life: Hlc(65),
-            base: Versions { birth: Hlc(65), dead: Hlc(0), cells: vec![(3, Hlc(66))] },
+            base: Versions { birth: Hlc(65), dead: Hlc(0), cells: vec![(3, Hlc(66))], ..Versions::default() },
             cells: vec![],
             moved: Some(vec![None]),
         })
