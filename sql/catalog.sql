@@ -1,4 +1,4 @@
--- The catalog. What pg_dump keeps: node, peer, synced_table, conflict. What lives and dies with this
+-- The catalog. What pg_dump keeps: node, peer, synced_table, policy, conflict. What lives and dies with this
 -- server: descriptors, journal, progress, tombstones, held changes.
 
 create table node (
@@ -142,6 +142,38 @@ create table displaced (
     primary key (relid, key)
 );
 comment on table displaced is 'rows that are alive and cannot show, because a constraint forbids it; they come back by themselves once it does not';
+
+-- The policy log: entries of the arbiter (the node with the lower id), wishes of the other one.
+create table policy (
+    -- in force from here on; of a wish, its name
+    version hlc primary key,
+    relid regclass not null,
+    -- empty: the whole table
+    columns text[] not null,
+    -- the same by number: what a renamed column is found by
+    attnums int2[] not null,
+    conflict_type text,
+    policy text not null,
+    -- entries before this one are void: the table was taken out of sync by the arbiter
+    reset bool not null,
+    -- the wish that this one answers
+    wish hlc not null,
+    -- why the wish was not granted
+    refused text,
+    set_by text not null,
+    set_at timestamptz not null
+);
+create index on policy (relid);
+comment on table policy is 'how conflicts are decided, from which version on; look at it through tandem.policies';
+
+create table reinstated (
+    version hlc not null,
+    cell int4 not null,
+    -- the write whose value was written again
+    original hlc not null,
+    primary key (version, cell)
+);
+comment on table reinstated is 'writes of first_update_wins that stand for an earlier one, until both nodes have them';
 
 create table held (
     ordinal int8 generated always as identity primary key,

@@ -30,6 +30,7 @@
 //! | [`clock`] | versions and positions: never twice, never behind what was seen |
 //! | [`registry`] | open and committing transactions: the horizon and the low mark |
 //! | [`relation`], [`value`] | what a synced table looks like, and how its values travel |
+//! | [`policy`] | the policy log: which policy was in force at which version |
 //! | [`capture`], [`journal`] | from a row trigger to the stream |
 //! | [`stash`], [`tombstone`], [`displaced`] | rows that don't show: dead, or alive without a place |
 //! | [`exchange`] | supervisor, one worker per peer, libpq, the serving side |
@@ -56,6 +57,7 @@ mod exchange;
 mod guc;
 mod journal;
 mod pg;
+mod policy;
 mod recovery;
 mod registry;
 mod relation;

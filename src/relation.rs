@@ -11,6 +11,7 @@ use std::ffi::CStr;
 use std::rc::Rc;
 use tandem_model::descriptor::{ColumnShape, Descriptor, DescriptorId, Transport};
 use tandem_model::orphan::OnFk;
+use tandem_model::policy_log::PolicyLog;
 use tandem_model::versions::CellId;
 
 /// A column that is kept in sync.
@@ -45,6 +46,8 @@ pub struct SyncedRelation {
     pub natts: usize,
     /// What becomes of a row whose parent was deleted unseen.
     pub on_fk: OnFk,
+    /// How its conflicts are decided.
+    pub policies: PolicyLog,
 }
 
 impl SyncedRelation {
@@ -164,6 +167,7 @@ fn build(relid: pg_sys::Oid) -> Result<Rc<SyncedRelation>> {
     let mut relation = describe(relid, &granularity, cells.as_ref().map(|j| &j.0))?;
     relation.on_fk = on_fk.parse().map_err(|e| Error::bug(format!("on_fk: {e}")))?;
     relation.descriptor = descriptor_id(&relation)?;
+    relation.policies = crate::policy::of_table(relid)?;
     let relation = Rc::new(relation);
     CACHE.with_borrow_mut(|cache| cache.insert(relid, relation.clone()));
     Ok(relation)
@@ -245,6 +249,7 @@ pub fn describe(relid: pg_sys::Oid, granularity: &str, cells: Option<&serde_json
         cells_attnum,
         natts: tuple_desc.len(),
         on_fk: OnFk::default(),
+        policies: PolicyLog::default(),
     })
 }
 

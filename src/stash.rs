@@ -29,13 +29,6 @@ pub struct Stash {
     pub index: &'static str,
 }
 
-impl Stashed {
-    /// False for a tombstone.
-    pub fn is_alive(&self) -> bool {
-        self.hlc > self.versions.dead
-    }
-}
-
 impl Stash {
     fn open(&self) -> Table {
         Table::open(self.table, pg_sys::RowExclusiveLock)

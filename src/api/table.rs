@@ -154,6 +154,8 @@ fn remove(relid: pg_sys::Oid, name: &str) -> Result<()> {
             "SELECT * FROM tandem.tables; shows those that are.",
         ));
     }
+    let removed_by = Spi::get_one::<String>("select session_user::text")?.unwrap_or_default();
+    crate::policy::reset(relid, &removed_by)?;
     for (trigger, ..) in TRIGGERS {
         Spi::run(&format!("drop trigger if exists {} on {name}", quote_identifier(trigger)))?;
     }

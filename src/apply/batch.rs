@@ -8,11 +8,12 @@ use super::report;
 use super::route::Route;
 use super::row::{self, Work};
 use super::table::Table;
-use super::{Applier, Target, conflict, constraints, later, session, tables, truncate};
+use super::{Applier, Target, arbiter, conflict, constraints, later, session, tables, truncate};
 use crate::capture;
 use crate::clock;
 use crate::error::{self, Error, Result};
 use crate::pg::identity::ActingAs;
+use crate::policy;
 use crate::relation::SyncedRelation;
 use pgrx::prelude::*;
 use serde_bytes::Bytes;
@@ -55,7 +56,8 @@ impl Applier {
                 for transaction in rest.iter_mut() {
                     batch.transaction(transaction)?;
                     count += 1;
-                    if started.elapsed() > LONGEST_COMMIT || session::is_waited_for() {
+                    // A write of ours is one of a commit by itself: what comes after it had not seen it.
+                    if batch.work.writes_own || started.elapsed() > LONGEST_COMMIT || session::is_waited_for() {
                         break;
                     }
                     // Users know in which order their transactions lock rows, not how ours follow each other: from
@@ -92,6 +94,7 @@ impl Applier {
                 let mine: Vec<&Held> = page.iter().filter(|h| due.contains(&h.descriptor.relid)).collect();
                 for held in &mine {
                     batch.held(held)?;
+                    arbiter::settle(&mut batch.work)?;
                 }
                 held::delete(&mine.iter().map(|h| h.ordinal).collect::<Vec<_>>())?;
             }
@@ -117,6 +120,7 @@ impl<'a> Batch<'a> {
             stable_peer: applier.state.stable_peer,
             mark: applier.state.applied,
             records: Vec::new(),
+            rulings: Vec::new(),
             gone: Vec::new(),
             queued: false,
             seen: Mark::default(),
@@ -158,12 +162,13 @@ impl<'a> Batch<'a> {
         let id = match item {
             Item::Record(bytes) => return conflict::receive(bytes),
             Item::Change(change) => change.descriptor,
-            Item::Truncate { descriptor, .. } => *descriptor,
+            Item::Truncate { descriptor, .. } | Item::Policy { descriptor, .. } => *descriptor,
         };
         match (self.destination(id)?, item) {
             (Destination::Wait(descriptor), _) => self.hold(&descriptor, item),
             (Destination::Table(relid, route), Item::Change(change)) => self.change(relid, &route, change),
             (Destination::Table(relid, _), Item::Truncate { version, .. }) => self.truncate(relid, *version, seen),
+            (Destination::Table(relid, route), Item::Policy { entry, .. }) => self.policy(relid, &route, entry),
             (Destination::Table(..), Item::Record(_)) => Ok(()),
         }
     }
@@ -273,9 +278,21 @@ impl<'a> Batch<'a> {
         Ok(())
     }
 
-    /// What a source transaction owes at its end: rows without a place, foreign keys, deferred unique constraints.
+    /// An entry of the peer's policy log. The table is opened anew, with it, for the next change.
+    fn policy(&mut self, relid: pg_sys::Oid, route: &Route, entry: &[u8]) -> Result<()> {
+        self.settle()?;
+        policy::receive(entry, &route.local, self.work.own, self.work.peer, |name| route.local_name(name))?;
+        if let Some(table) = self.tables.remove(&relid) {
+            table.close();
+        }
+        Ok(())
+    }
+
+    /// What a source transaction owes at its end: rows without a place, foreign keys, arbitrated conflicts,
+    /// deferred unique constraints.
     pub(super) fn end_of_source(&mut self) -> Result<()> {
         self.settle()?;
+        arbiter::settle(&mut self.work)?;
         let gone = std::mem::take(&mut self.work.gone);
         for parent in gone {
             parent.check()?;
@@ -304,6 +321,7 @@ impl<'a> Batch<'a> {
             match item? {
                 Item::Change(change) => self.change(oid, &route, &change)?,
                 Item::Truncate { version, .. } => self.truncate(oid, version, Mark::default())?,
+                Item::Policy { entry, .. } => self.policy(oid, &route, entry)?,
                 Item::Record(_) => {}
             }
         }

@@ -1,5 +1,6 @@
 //! Conflict records: what a change met here and what was lost by it, written in the transaction that
 //! dropped the value, and the join of those that come from the peer.
+use super::arbiter;
 use super::image::{self, Content};
 use super::route::Local;
 use super::row::Work;
@@ -40,6 +41,7 @@ pub fn record(pair: &Pair<'_>, work: &mut Work) -> Result<()> {
     let tuples = pair.tuples(work)?;
     let result = pair.result()?;
     for loss in &pair.verdict.losses {
+        let decided = arbiter::decided(pair, loss, work);
         let record = Record {
             conflict_id: Record::id(&pair.rel.schema, &pair.rel.table, key.get(), loss.losing),
             schema: pair.rel.schema.clone(),
@@ -56,10 +58,11 @@ pub fn record(pair: &Pair<'_>, work: &mut Work) -> Result<()> {
             base: pair.base(loss)?,
             tuples: tuples.clone(),
             result: result.clone(),
-            policy: LAST_UPDATE_WINS.to_string(),
+            policy: decided.name(),
             detected_at: now_us(),
-            decision: undecided(),
+            decision: Decision { status: decided.status(), ..undecided() },
         };
+        arbiter::consider(pair, loss, &decided, &record, work)?;
         if upsert(record.clone())? {
             work.records.push(to_bytes(&record)?);
         }
@@ -267,6 +270,17 @@ pub fn open_of_constraints(rel: &SyncedRelation) -> Result<Vec<Record>> {
     })?;
     let parse = |text: String| serde_json::from_str(&text).map_err(|e| Error::bug(format!("a conflict record: {e}")));
     texts.into_iter().map(parse).collect()
+}
+
+/// Changes a record that this node made in this transaction, and has it travel.
+pub fn amend(id: Uuid, work: &mut Work, f: impl FnOnce(&mut Record)) -> Result<()> {
+    let stored = {
+        let _superuser = ActingAs::superuser();
+        read_for_update(id)?
+    };
+    let Some(mut record) = stored else { return Err(Error::bug(format!("conflict {id} is not there"))) };
+    f(&mut record);
+    keep(record, work)
 }
 
 /// Joins a record (or a decision) of the peer into the history.

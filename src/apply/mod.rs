@@ -5,6 +5,7 @@
 //! columns → ours), [`row`] (lock, judge, write) and, if something was lost by it, [`conflict`]. What
 //! cannot be applied yet waits in [`held`]; [`tables`] says why. A transaction that runs into a constraint is
 //! applied once more by way of [`careful`]; what cannot show is asked again in [`reconsider`]. [`progress`] remembers how far we are.
+mod arbiter;
 mod batch;
 mod body;
 mod careful;
@@ -37,6 +38,7 @@ use tandem_model::descriptor::{Descriptor, DescriptorId};
 use tandem_model::hlc::{Hlc, Mark, NodeId};
 use uuid::Uuid;
 
+pub use arbiter::forget as forget_reinstated;
 pub use body::{Body, Transaction};
 
 /// Who the peer is, as the handshake told.

@@ -1,4 +1,5 @@
 //! One change of one row: lock first, look at the versions, let the model judge, do what it says.
+use super::arbiter::Ruling;
 use super::careful::Careful;
 use super::conflict;
 use super::image::{self, Content};
@@ -10,7 +11,7 @@ use crate::displaced::{self, Displaced};
 use crate::error::{Error, Result};
 use crate::pg::identity::ActingAs;
 use crate::registry;
-use crate::relation::SyncedRelation;
+use crate::relation::{Column, SyncedRelation};
 use crate::shmem;
 use crate::stash::Stashed;
 use crate::tombstone::{self, Tombstone};
@@ -20,6 +21,7 @@ use std::sync::atomic::Ordering::Acquire;
 use tandem_model::change::{Change, Op};
 use tandem_model::hlc::{Hlc, Mark, NodeId};
 use tandem_model::judge::{Effect, Existence, RowState, Verdict, judge};
+use tandem_model::policy::Policies;
 use tandem_model::stable::Stable;
 use tandem_model::versions::CellId;
 
@@ -32,6 +34,8 @@ pub struct Work {
     pub mark: Mark,
     /// Conflict records that this node made: they travel with this local commit.
     pub records: Vec<Vec<u8>>,
+    /// What the arbiter is to settle once the source transaction is whole.
+    pub rulings: Vec<Ruling>,
     /// Parents that went, to be looked at once the source transaction is whole.
     pub gone: Vec<Gone>,
     /// Something waits in the trigger queue.
@@ -73,7 +77,7 @@ pub fn apply(table: &mut Table, route: &Route, sent: &Change<'_>, work: &mut Wor
     let verdict = {
         let rel = &table.synced;
         let mut same = |cell: CellId| stored.same(rel, &local, cell);
-        judge(&held.state, &local.change, &stable, &mut same)
+        judge(&held.state, &local.change, &stable, &Policies::default(), &mut same)
     };
     if !verdict.losses.is_empty() {
         let pair = conflict::Pair {
@@ -378,13 +382,20 @@ pub fn refuse_trigger_writes(table: &Table, work: &Work) -> Result<()> {
 
 /// The bytes of a key, as tombstones know it.
 pub fn key_bytes(rel: &SyncedRelation, key: &[pg_sys::Datum]) -> Vec<u8> {
-    let encoded = |(value, column): (&pg_sys::Datum, &usize)| {
-        let mut out = Vec::new();
-        value::encode(&rel.columns[*column], *value, &mut out);
-        out
-    };
-    let values: Vec<Vec<u8>> = key.iter().zip(&rel.key).map(encoded).collect();
+    let values = encoded_key(rel, key);
     value::encode_key(&values.iter().map(|v| Some(v.as_slice())).collect::<Vec<_>>())
+}
+
+/// The values of a key as they travel.
+pub fn encoded_key(rel: &SyncedRelation, key: &[pg_sys::Datum]) -> Vec<Vec<u8>> {
+    key.iter().zip(&rel.key).map(|(value, column)| encoded(&rel.columns[*column], *value)).collect()
+}
+
+/// A value as it travels.
+pub fn encoded(column: &Column, value: pg_sys::Datum) -> Vec<u8> {
+    let mut out = Vec::new();
+    value::encode(column, value, &mut out);
+    out
 }
 
 /// The key of a stored row.

@@ -1,9 +1,8 @@
 //! Writes of this node within an apply (I11): statements on the table, captured and sent like any user's. The
 //! user's triggers don't fire, as for everything that is applied.
-use super::super::table::{Row, Table, set_value, value_of};
+use super::super::table::{Row, Table, value_of};
 use crate::capture;
 use crate::error::{Error, Result};
-use crate::registry;
 use pgrx::datum::DatumWithOid;
 use pgrx::prelude::*;
 use tandem_model::hlc::Hlc;
@@ -52,20 +51,11 @@ fn one_row(table: &Table, statement: &str, parameters: &[DatumWithOid<'_>]) -> R
 /// Gives cells of the row that was found a new version of this node, with the values in `new`; `versions` is
 /// what the row listed before, its own and what was joined into it.
 pub fn update_cells(table: &mut Table, old: &Row, new: &Row, versions: &Versions, cells: &[CellId]) -> Result<Hlc> {
-    let version = registry::stamp();
     let mut after = versions.clone();
-    cells.iter().for_each(|cell| after.set(*cell, version));
+    let rel = table.synced.clone();
+    let version = capture::own_update(&rel, &mut after, cells.to_vec(), old, new);
     let mut row = new.clone();
     table.set_versions(&mut row, version, &after);
     table.update(&row);
-    capture::cells_written(&table.synced, old, new, versions, version, cells);
     Ok(version)
-}
-
-/// The values of some cells, from one row into another.
-pub fn copy_cells(table: &Table, from: &Row, into: &mut Row, cells: &[CellId]) {
-    let rel = table.synced.clone();
-    for column in rel.columns.iter().filter(|c| c.key_ordinal.is_none() && cells.contains(&c.cell)) {
-        set_value(into, column, value_of(from, column.attnum));
-    }
 }

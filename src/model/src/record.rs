@@ -24,6 +24,46 @@ pub enum ConflictType {
     InitialDiffers,
 }
 
+impl ConflictType {
+    pub const ALL: [ConflictType; 12] = [
+        ConflictType::InsertExists,
+        ConflictType::UpdateOriginDiffers,
+        ConflictType::UpdateExists,
+        ConflictType::UpdateMissing,
+        ConflictType::UpdateDeleted,
+        ConflictType::DeleteOriginDiffers,
+        ConflictType::DeleteMissing,
+        ConflictType::MultipleUniqueConflicts,
+        ConflictType::ForeignKeyViolation,
+        ConflictType::CheckViolation,
+        ConflictType::TruncateOriginDiffers,
+        ConflictType::InitialDiffers,
+    ];
+
+    /// The name that users see.
+    pub fn name(self) -> &'static str {
+        match self {
+            ConflictType::InsertExists => "insert_exists",
+            ConflictType::UpdateOriginDiffers => "update_origin_differs",
+            ConflictType::UpdateExists => "update_exists",
+            ConflictType::UpdateMissing => "update_missing",
+            ConflictType::UpdateDeleted => "update_deleted",
+            ConflictType::DeleteOriginDiffers => "delete_origin_differs",
+            ConflictType::DeleteMissing => "delete_missing",
+            ConflictType::MultipleUniqueConflicts => "multiple_unique_conflicts",
+            ConflictType::ForeignKeyViolation => "foreign_key_violation",
+            ConflictType::CheckViolation => "check_violation",
+            ConflictType::TruncateOriginDiffers => "truncate_origin_differs",
+            ConflictType::InitialDiffers => "initial_differs",
+        }
+    }
+
+    /// The type of a name.
+    pub fn of_name(name: &str) -> Option<ConflictType> {
+        ConflictType::ALL.into_iter().find(|t| t.name() == name)
+    }
+}
+
 /// Where a conflict stands. At detection `Auto` or `Open`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -241,6 +281,16 @@ mod tests {
     }
     fn json(record: &Record) -> String {
         serde_json::to_string(record).expect("a record is json")
+    }
+
+    #[test]
+    fn a_type_has_one_name_in_records_and_in_sql() {
+        for conflict_type in ConflictType::ALL {
+            let json = serde_json::to_string(&conflict_type).expect("a type is json");
+            assert_eq!(json, format!("\"{}\"", conflict_type.name()));
+            assert_eq!(ConflictType::of_name(conflict_type.name()), Some(conflict_type));
+        }
+        assert_eq!(ConflictType::of_name("InsertExists"), None);
     }
 
     #[test]
