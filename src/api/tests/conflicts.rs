@@ -27,6 +27,7 @@ fn record(
         key,
         conflict_type,
         constraint_name: None,
+        rival: None,
         losing,
         winning,
         cells: cells.iter().map(|c| c.to_string()).collect(),
