@@ -18,7 +18,7 @@ use rand::{Rng, SeedableRng};
 use crate::client::{Client, Failure};
 use crate::node::{DATABASE, Node};
 use crate::pair::Pair;
-use crate::wait::until_true;
+use crate::wait::{until, until_true};
 
 /// Columns that the writers expect; keys are 1 to the workload's `keys`.
 pub const COLUMNS: &str = "id int primary key, a text, b text";
@@ -129,11 +129,20 @@ impl Workload {
         assert!(all.errors.is_empty(), "writers failed: {:#?}", all.errors);
         pair.wait_streaming();
         pair.sync();
-        // What a constraint keeps out is asked again just after the commits.
-        pair.assert_quiet();
         let tables = self.plan.tables.iter();
         let tables: Vec<(String, &[&str])> =
             tables.map(|t| (format!("{}{}", self.plan.prefix, t.table), t.columns)).collect();
+        // What a constraint keeps out is asked again just after the commits.
+        for (table, _) in &tables {
+            until(&format!("{table} to converge"), || {
+                let displaced = |node: &Node| {
+                    let query = "select relid::regclass, key, hlc, waits_for, constraint_name from tandem.displaced order by 1, 2";
+                    format!("displaced on {}:\n{}\n", node.name, node.rows(query).join("\n"))
+                };
+                pair.compare(table).map_err(|why| format!("{why}\n{}{}", displaced(&pair.a), displaced(&pair.b)))
+            });
+        }
+        pair.assert_quiet();
         let mut kept = HashSet::new();
         for (table, columns) in &tables {
             pair.assert_converged(table);
