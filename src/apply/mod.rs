@@ -2,13 +2,15 @@
 //!
 //! The exchange worker owns one [`Applier`] and calls it in its own process. A source transaction goes
 //! through [`batch`] (one local commit for several of them), each change through [`route`] (the sender's
-//! columns → ours), [`row`] (lock, judge, write) and, if something was lost by it, [`conflict`]. What
-//! cannot be applied yet waits in [`held`]; [`tables`] says why. [`progress`] remembers how far we are.
+//! columns → ours), [`row`] (lock, judge, write) and, if something was lost by it, [`conflict`], whose records
+//! [`history`] keeps and [`announce`] tells of. What cannot be applied yet waits in [`held`]; [`tables`] says why. [`progress`] remembers how far we are.
+mod announce;
 mod batch;
 mod body;
 pub mod conflict;
 mod constraints;
 mod held;
+pub mod history;
 mod image;
 mod parents;
 mod progress;
@@ -33,7 +35,9 @@ use tandem_model::descriptor::{Descriptor, DescriptorId};
 use tandem_model::hlc::{Hlc, Mark, NodeId};
 use uuid::Uuid;
 
+pub use announce::sum_up as sum_up_log;
 pub use body::{Body, Transaction};
+pub use row::key_bytes;
 
 /// Who the peer is, as the handshake told.
 #[derive(Debug, Clone)]

@@ -48,7 +48,7 @@ fn raw(text: &str) -> Box<serde_json::value::RawValue> {
 }
 
 fn store(record: &Record) {
-    assert!(crate::apply::conflict::upsert(record.clone()).expect("the record is stored"), "it is new");
+    assert!(crate::apply::history::upsert(record.clone()).expect("the record is stored"), "it is new");
 }
 
 const BASE: &str = "{\"id\":1,\"a\":10,\"b\":\"base\"}";
@@ -97,11 +97,10 @@ mod tests {
             run(&format!("select tandem.resolve('{id}', '{side}', note => 'asked the branch')"));
             assert_eq!(row(&table), expected, "{side}");
             let after: i64 = value(&format!("select _hlc::int8 from public.{table}"));
-            assert_eq!(
-                after > before,
-                expected != "20 base",
-                "a decision that changes nothing makes no version: {side}"
-            );
+            assert!(after > before, "a decision is a write also where it leaves the row as it is: {side}");
+            let decided: i64 =
+                value(&format!("select decision_version::int8 from tandem.conflict where conflict_id = '{id}'"));
+            assert_eq!(decided, after, "the record follows the same order as the row: {side}");
             let closed = format!(
                 "select status || ' ' || resolved_by || ' ' || note from tandem.conflicts
                  where conflict_id = '{id}' and resolved_at is not null and conflict_resolution is not null"
@@ -252,13 +251,16 @@ mod tests {
         let id = update_conflict("shown", Status::Open);
         let text: String = value(&format!("select string_agg(l, E'\\n') from tandem.show_conflict('{id}') l"));
         for part in [
-            "update_origin_differs on public.shown, key {\"id\":1}",
+            "what      update_origin_differs on public.shown",
+            "key       {\"id\":1}",
+            "kept      tokyo (local), 20",
+            "lost      node 2 (remote), 20",
+            ": column a",
+            "status    open",
             "> a",
             "20 *",
             "30 *",
             "local (tokyo)",
-            "lost: a",
-            "status open",
         ] {
             assert!(text.contains(part), "{part}: {text}");
         }

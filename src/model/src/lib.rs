@@ -12,6 +12,7 @@ pub mod descriptor;
 pub mod hlc;
 pub mod judge;
 pub mod net;
+pub mod pace;
 pub mod record;
 pub mod session;
 pub mod stable;
