@@ -160,7 +160,12 @@ create event trigger tandem_forget_dropped on sql_drop when tag in ('DROP TABLE'
 select pg_catalog.pg_extension_config_dump('node', '');
 select pg_catalog.pg_extension_config_dump('peer', '');
 select pg_catalog.pg_extension_config_dump('synced_table', '');
-select pg_catalog.pg_extension_config_dump(format('conflict_%s', i), '') from generate_series(0, 11) i;
+do $$
+begin
+    for i in 0..11 loop
+        perform pg_catalog.pg_extension_config_dump(format('conflict_%s', i), '');
+    end loop;
+end $$;
 select pg_catalog.pg_extension_config_dump('conflict_count', '');
 select pg_catalog.pg_extension_config_dump('conflict_removed', '');
 

@@ -17,16 +17,31 @@ use std::sync::atomic::Ordering::*;
 
 /// Records removed in one transaction.
 const AT_ONCE: i32 = 1_000;
-/// Longest and shortest pause (ms) between two looks.
+/// Attempts to have a part that can be truncated for oneself, before its rows are deleted instead.
+const ATTEMPTS: u32 = 10;
+/// Shortest and longest pause (ms) between two looks.
 const PAUSE_MS: (i64, i64) = (1_000, 60_000);
 
 /// What the worker remembers between two looks.
 pub struct Retention {
     due: i64,
+    /// The setting (s) that this is about: a new one is looked at at once.
+    kept_for: i64,
     /// What had changed last before this (µs since the Unix epoch) goes once the peer has this position.
     agreed: Option<(i64, u64)>,
     /// There is more of it than one transaction took.
     more: bool,
+    /// How often somebody was using a part that could have been truncated.
+    busy: u32,
+}
+
+/// What became of a part.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Cleared {
+    Whole,
+    Partly,
+    /// Nothing of it yet: somebody is using it.
+    Busy,
 }
 
 /// Statistics and decisions of removed records are kept; `{source}` has the records.
@@ -44,13 +59,16 @@ const KEEP: &str = "
 
 impl Retention {
     pub fn new() -> Retention {
-        Retention { due: boot_ms(), agreed: None, more: false }
+        Retention { due: boot_ms(), kept_for: -1, agreed: None, more: false, busy: 0 }
     }
 
     /// Removes what is due and settled.
     pub fn run(&mut self, database: &Database) -> Result<()> {
         let keep_seconds = i64::from(guc::CONFLICT_RETENTION.get());
         let now = boot_ms();
+        if keep_seconds != self.kept_for {
+            *self = Retention { kept_for: keep_seconds, ..Retention::new() };
+        }
         if keep_seconds < 0 || now < self.due {
             return Ok(());
         }
@@ -64,9 +82,14 @@ impl Retention {
             return Ok(());
         }
         self.more = false;
+        let patient = self.busy < ATTEMPTS;
+        let mut busy = false;
         for part in 0..PARTS {
-            self.more |= process::transaction(|| clear_part(part, before))?;
+            let cleared = process::transaction(|| clear_part(part, before, patient))?;
+            self.more |= cleared != Cleared::Whole;
+            busy |= cleared == Cleared::Busy;
         }
+        self.busy = if busy { self.busy + 1 } else { 0 };
         if !self.more {
             self.agreed = None;
             process::transaction(|| forget_decisions(before))?;
@@ -75,16 +98,18 @@ impl Retention {
     }
 }
 
-/// Removes from one part what last changed before a time; true if some of it is left.
-fn clear_part(part: u32, before: i64) -> Result<bool> {
+/// Removes from one part what last changed before a time.
+fn clear_part(part: u32, before: i64, patient: bool) -> Result<Cleared> {
     let _superuser = ActingAs::superuser();
     let is_due = "status <> 'open' and changed_at < 'epoch'::timestamptz + $1 * interval '1 microsecond'";
     let any = format!("select exists (select from tandem.conflict_{part} where {is_due})");
     if query::value::<bool>(&any, &[before.into()])? != Some(true) {
-        return Ok(false);
+        return Ok(Cleared::Whole);
     }
-    if truncate_part(part, before, is_due)? {
-        return Ok(false);
+    match truncate_part(part, before, is_due)? {
+        Some(Cleared::Busy) if !patient => {}
+        Some(cleared) => return Ok(cleared),
+        None => {}
     }
     let keep = KEEP.replace("{source}", "gone");
     let statement = format!(
@@ -95,20 +120,21 @@ fn clear_part(part: u32, before: i64) -> Result<bool> {
          {keep}"
     );
     Spi::run_with_args(&statement, &[before.into(), AT_ONCE.into()])?;
-    Ok(query::value::<bool>(&any, &[before.into()])? == Some(true))
+    let left = query::value::<bool>(&any, &[before.into()])? == Some(true);
+    Ok(if left { Cleared::Partly } else { Cleared::Whole })
 }
 
-/// Empties a part at once if nothing in it has to stay and nobody is using it. True if it did.
-fn truncate_part(part: u32, before: i64, is_due: &str) -> Result<bool> {
+/// Empties a part at once if nobody is using it; none if something in it has to stay.
+fn truncate_part(part: u32, before: i64, is_due: &str) -> Result<Option<Cleared>> {
     let stays = format!("select exists (select from tandem.conflict_{part} where not ({is_due}))");
     if query::value::<bool>(&stays, &[before.into()])? != Some(false) {
-        return Ok(false);
+        return Ok(None);
     }
     let table = names::relation_oid(&format!("conflict_{part}"));
     let lock = pg_sys::AccessExclusiveLock as pg_sys::LOCKMODE;
     // SAFETY: takes the lock or returns at once; it is held until the transaction ends.
     if !unsafe { pg_sys::ConditionalLockRelationOid(table, lock) } {
-        return Ok(false);
+        return Ok(Some(Cleared::Busy));
     }
     // SAFETY: a snapshot that sees whoever held the lock before; popped below, or by the abort.
     unsafe { pg_sys::PushActiveSnapshot(pg_sys::GetLatestSnapshot()) };
@@ -121,7 +147,7 @@ fn truncate_part(part: u32, before: i64, is_due: &str) -> Result<bool> {
     }
     // SAFETY: pushed above.
     unsafe { pg_sys::PopActiveSnapshot() };
-    Ok(empty)
+    Ok(empty.then_some(Cleared::Whole))
 }
 
 /// Decisions that have been kept for as long again as their records.
