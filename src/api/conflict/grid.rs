@@ -2,7 +2,7 @@
 //! their column, no line longer than asked for.
 
 /// Lines that one value may take before it is cut.
-const MAX_LINES: usize = 8;
+const MAX_LINES: usize = 5;
 const SEPARATOR: &str = " | ";
 /// Between a name and what it is.
 const GAP: &str = "  ";
@@ -58,11 +58,23 @@ fn row_lines(row: &[String], widths: &[usize], separator: &str) -> Vec<String> {
         .collect()
 }
 
-/// Breaks after a blank where there is one in the second half of the line, else anywhere.
+/// The lines of a text. The mark that it may begin with stays on the first one, the others are as far in.
 fn wrap(text: &str, room: usize) -> Vec<String> {
     let text: String = text.chars().map(|c| if c.is_control() { ' ' } else { c }).collect();
+    for mark in ["  ", "* ", "> "] {
+        if let Some(bare) = text.strip_prefix(mark) {
+            let lines = wrap_bare(bare, room.saturating_sub(mark.len()));
+            let margin = std::iter::once(mark).chain(std::iter::repeat("  "));
+            return lines.iter().zip(margin).map(|(line, margin)| format!("{margin}{line}")).collect();
+        }
+    }
+    wrap_bare(&text, room)
+}
+
+/// Breaks after a blank where there is one in the second half of the line, else anywhere.
+fn wrap_bare(text: &str, room: usize) -> Vec<String> {
     let mut lines = Vec::new();
-    let mut rest = text.as_str();
+    let mut rest = text;
     while width(rest) > room && lines.len() + 1 < MAX_LINES {
         let (line, next) = rest.split_at(break_point(rest, room));
         lines.push(line.trim_end().to_string());
@@ -70,7 +82,7 @@ fn wrap(text: &str, room: usize) -> Vec<String> {
     }
     if width(rest) > room {
         let cut = break_point(rest, room.saturating_sub(1));
-        lines.push(format!("{}…", &rest[..cut]));
+        lines.push(format!("{}…", rest[..cut].trim_end()));
     } else {
         lines.push(rest.to_string());
     }

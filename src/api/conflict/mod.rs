@@ -36,7 +36,6 @@ fn resolve(
 /// Decides the open conflicts of a table alike, those that the filter lets through. Returns how many; those
 /// that cannot be decided so, or whose row has changed since, stay open.
 #[pg_extern]
-#[expect(clippy::too_many_arguments, reason = "an SQL function whose arguments are named")]
 fn resolve_all(
     rel: PgRelation,
     resolution: &str,

@@ -5,7 +5,7 @@ use super::stored::{Side, Stored, status_name};
 use pgrx::prelude::*;
 use serde_json::{Map, Value};
 use tandem_model::hlc::{Hlc, NodeId};
-use tandem_model::record::Status;
+use tandem_model::record::{ConflictType, Status};
 
 /// What a terminal surely has: 100 with what psql puts around a column.
 const LINE_WIDTH: usize = 98;
@@ -15,7 +15,10 @@ pub fn lines(stored: &Stored) -> Vec<String> {
     lines.push(String::new());
     lines.extend(grid::lines(&table(stored), LINE_WIDTH));
     lines.push(String::new());
-    lines.push("> lost in this conflict   * differs from base   (unknown): not on record".to_string());
+    lines.push(
+        "> lost in this conflict   * differs from base   (as base): the same value   (unknown): not on record"
+            .to_string(),
+    );
     lines.extend(next_step(stored));
     lines
 }
@@ -27,8 +30,8 @@ fn heading(stored: &Stored) -> Vec<String> {
         vec![format!("conflict {}", record.conflict_id), String::new()],
         vec!["what".to_string(), format!("{}{constraint} on {}", type_name(stored), stored.table_name())],
         vec!["key".to_string(), record.key.get().to_string()],
-        vec!["kept".to_string(), written(stored, record.winning)],
-        vec!["lost".to_string(), format!("{}: {}", written(stored, record.losing), lost(stored))],
+        vec!["kept".to_string(), written(stored, record.winning, kept_deed(stored))],
+        vec!["lost".to_string(), format!("{}: {}", written(stored, record.losing, lost_deed(stored)), lost(stored))],
         vec!["detected".to_string(), format!("{}, policy {}", timestamp(record.detected_at), record.policy)],
     ];
     let first = facts.remove(0).swap_remove(0);
@@ -45,48 +48,74 @@ fn heading(stored: &Stored) -> Vec<String> {
 }
 
 /// Who wrote it, where and when.
-fn written(stored: &Stored, version: Hlc) -> String {
+fn written(stored: &Stored, version: Hlc, deed: &str) -> String {
     let side = match version.node() {
         NodeId(0) => return node_name(stored, version.node()),
         own if own == stored.around.own => "local",
         _ => "remote",
     };
     let at = timestamp_of(version);
-    format!("{} ({side}), {at}", node_name(stored, version.node()))
+    format!("{} ({side}) {deed} at {at}", node_name(stored, version.node()))
+}
+
+fn kept_deed(stored: &Stored) -> &'static str {
+    use ConflictType::*;
+    match stored.record.conflict_type {
+        InsertExists => "inserted",
+        UpdateOriginDiffers | UpdateDeleted => "updated",
+        DeleteOriginDiffers => "deleted",
+        _ => "wrote",
+    }
+}
+
+fn lost_deed(stored: &Stored) -> &'static str {
+    use ConflictType::*;
+    match stored.record.conflict_type {
+        InsertExists => "inserted",
+        UpdateOriginDiffers | DeleteOriginDiffers | UpdateMissing => "updated",
+        UpdateDeleted | DeleteMissing => "deleted",
+        TruncateOriginDiffers => "truncated",
+        _ => "wrote",
+    }
 }
 
 fn lost(stored: &Stored) -> String {
     match &stored.record.cells[..] {
         [] => "the row as a whole".to_string(),
         [row] if row == "row" => "the row as a whole".to_string(),
-        cells => format!("column {}", cells.join("; ")),
+        [column] => format!("column {column}"),
+        cells => format!("columns {}", cells.join("; ")),
     }
 }
 
 /// What a person can do about it.
 fn next_step(stored: &Stored) -> Option<String> {
     let undecided = matches!(stored.record.decision.status, Status::Open | Status::Auto);
-    undecided.then(|| {
-        "SELECT tandem.resolve(conflict_id, 'local' | 'remote' | 'base' | 'result', with_tuple => '{…}');".to_string()
-    })
+    let id = stored.record.conflict_id;
+    undecided.then(|| format!("SELECT tandem.resolve('{id}', 'local');  -- 'remote', 'base', …"))
 }
+
+/// Characters of a value that is worth repeating.
+const LONG: usize = 20;
+/// Of what a long value has in common with the base, this much is shown before the difference.
+const CONTEXT: usize = 10;
 
 /// The rows of the table: column, base, local, remote, result.
 fn table(stored: &Stored) -> Vec<Vec<String>> {
-    let remote_name = stored.around.peer_name.as_deref().map(|n| format!("remote ({n})"));
+    let remote_name = stored.around.peer_name.as_deref().map(|n| format!("  remote ({n})"));
     let mut rows = vec![vec![
         "  column".to_string(),
-        "base".to_string(),
-        format!("local ({})", stored.around.own_name),
-        remote_name.unwrap_or_else(|| "remote".to_string()),
-        "result".to_string(),
+        "  base".to_string(),
+        format!("  local ({})", stored.around.own_name),
+        remote_name.unwrap_or_else(|| "  remote".to_string()),
+        "  result".to_string(),
     ]];
     let sides = [stored.base(), stored.local(), stored.remote(), stored.result()];
     if sides.iter().any(|side| !matches!(side, Side::Row(_))) {
         let word = |side: &Side<'_>| match side {
             Side::Row(_) => "",
-            Side::NoRow => "(no row)",
-            Side::Unknown => "(unknown)",
+            Side::NoRow => "  (no row)",
+            Side::Unknown => "  (unknown)",
         };
         rows.push([String::new()].into_iter().chain(sides.iter().map(|s| word(s).to_string())).collect());
     }
@@ -96,20 +125,42 @@ fn table(stored: &Stored) -> Vec<Vec<String>> {
 }
 
 fn row(stored: &Stored, name: &str, images: &[Option<Map<String, Value>>; 4]) -> Vec<String> {
+    const SIDES: [&str; 4] = ["base", "local", "remote", "result"];
     let cells = &stored.record.cells;
     let lost = cells.iter().any(|cell| names_column(cell, name));
     let mark = if lost { ">" } else { " " };
-    let base = images[0].as_ref().and_then(|base| base.get(name));
+    let values: Vec<_> = images.iter().map(|image| image.as_ref().map(|columns| columns.get(name))).collect();
+    let base = values[0].flatten();
     let mut texts = vec![format!("{mark} {name}")];
-    for image in images {
-        texts.push(match image.as_ref().map(|columns| columns.get(name)) {
+    for (i, value) in values.iter().enumerate() {
+        texts.push(match value {
             None => String::new(),
-            Some(None) => "(unknown)".to_string(),
-            Some(Some(v)) if base.is_some_and(|base| base != v) => format!("{v} *"),
-            Some(Some(v)) => v.to_string(),
+            Some(None) => "  (unknown)".to_string(),
+            Some(Some(v)) => {
+                let mark = if base.is_some_and(|base| base != *v) { "*" } else { " " };
+                // A long value is shown once, and where it differs from the base.
+                let before = (0..i).find(|earlier| values[*earlier] == Some(Some(*v)));
+                let text = match before {
+                    Some(side) if v.to_string().chars().count() > LONG => format!("(as {})", SIDES[side]),
+                    _ => excerpt(&v.to_string(), base.filter(|_| i > 0).map(Value::to_string).as_deref()),
+                };
+                format!("{mark} {text}")
+            }
         });
     }
     texts
+}
+
+/// A long value from shortly before where it begins to differ.
+fn excerpt(text: &str, base: Option<&str>) -> String {
+    let Some(base) = base.filter(|base| *base != text && text.chars().count() > LONG) else {
+        return text.to_string();
+    };
+    let same = text.chars().zip(base.chars()).take_while(|(a, b)| a == b).count();
+    if same <= LONG {
+        return text.to_string();
+    }
+    format!("…{}", text.chars().skip(same - CONTEXT).collect::<String>())
 }
 
 /// The columns of all images, in the order of the fullest.
