@@ -6,7 +6,7 @@ use crate::pg::identity::ActingAs;
 use crate::relation::{Column, SyncedRelation};
 use pgrx::prelude::*;
 use serde_json::{Map, Value};
-use std::collections::{BTreeSet, HashMap};
+use std::collections::HashMap;
 use std::rc::Rc;
 use tandem_model::descriptor::Descriptor;
 
@@ -35,15 +35,26 @@ impl Shapes {
         Ok(Shapes(texts.iter().map(parse).collect::<Result<_>>()?))
     }
 
-    /// The shape that the record's fullest image is of; none if all are incomplete.
+    /// The shape that an image of the record is of; none if all are incomplete. An image lists the columns in
+    /// the order of the table (of the node that made it): that tells a column from a later one of its name.
     fn of_record(&self, stored: &Stored) -> Option<&Descriptor> {
         let record = &stored.record;
-        let images = record.tuples.values().chain(&record.base).chain(&record.result);
-        let fullest = images
+        let images: Vec<Vec<String>> = record
+            .tuples
+            .values()
+            .chain(&record.base)
+            .chain(&record.result)
             .filter_map(|image| serde_json::from_str::<Map<String, Value>>(image.tuple.get()).ok())
-            .max_by_key(Map::len)?;
-        let names: BTreeSet<&str> = fullest.keys().map(String::as_str).collect();
-        self.0.iter().find(|shape| shape.columns.iter().map(|c| c.name.as_str()).collect::<BTreeSet<_>>() == names)
+            .map(|image| image.keys().cloned().collect())
+            .collect();
+        let names = |shape: &Descriptor| shape.columns.iter().map(|c| c.name.clone()).collect::<Vec<_>>();
+        let sorted = |mut names: Vec<String>| {
+            names.sort_unstable();
+            names
+        };
+        let exact = self.0.iter().find(|shape| images.contains(&names(shape)));
+        let sets: Vec<_> = images.iter().cloned().map(sorted).collect();
+        exact.or_else(|| self.0.iter().find(|shape| sets.contains(&sorted(names(shape)))))
     }
 }
 

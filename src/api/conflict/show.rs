@@ -16,8 +16,7 @@ pub fn lines(stored: &Stored) -> Vec<String> {
     lines.extend(grid::lines(&table(stored), LINE_WIDTH));
     lines.push(String::new());
     lines.push(
-        "> lost in this conflict   * differs from base   (as base): the same value   (unknown): not on record"
-            .to_string(),
+        "> lost in this conflict   * differs from base   (as base): same value   (unknown): not on record".to_string(),
     );
     lines.extend(next_step(stored));
     lines

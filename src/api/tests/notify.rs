@@ -1,7 +1,5 @@
 //! Who listens for conflicts: a session of its own, since notifications come with a commit.
 use super::conflicts::{met, store};
-use postgres::fallible_iterator::FallibleIterator;
-use std::time::Duration;
 use tandem_model::record::Status;
 
 #[pgrx::pg_schema]
@@ -18,6 +16,8 @@ mod tests {
 
     #[test]
     fn listeners_are_told_of_conflicts_that_wait_for_a_person() {
+        use postgres::fallible_iterator::FallibleIterator;
+        use std::time::Duration;
         pgrx_tests::run_test("a_test_server_is_there", None, crate::pg_test::postgresql_conf_options())
             .expect("a server");
         let (mut session, _) = pgrx_tests::client().expect("a session");
