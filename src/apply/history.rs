@@ -65,6 +65,21 @@ pub fn upsert(mut record: Record) -> Result<bool> {
     Ok(true)
 }
 
+/// The record of an id, locked until the end of the transaction.
+pub fn find(id: Uuid) -> Result<Option<Record>> {
+    let _superuser = ActingAs::superuser();
+    let query = "select record::text from tandem.conflict where conflict_id = $1 for update";
+    let text = Spi::connect_mut(|client| -> std::result::Result<Option<String>, pgrx::spi::Error> {
+        let rows = client.update(query, Some(1), &[sql_uuid(id).into()])?;
+        rows.into_iter().next().map_or(Ok(None), |row| row.get(1))
+    })?;
+    text.map(|text| parse(id, &text)).transpose()
+}
+
+fn parse(id: Uuid, text: &str) -> Result<Record> {
+    serde_json::from_str(text).map_err(|e| Error::bug(format!("conflict {id} cannot be read: {e}")))
+}
+
 /// Writes the decision of a record that this transaction has read and locked.
 pub fn decide(record: &Record) -> Result<()> {
     let _superuser = ActingAs::superuser();
@@ -103,10 +118,7 @@ fn sql_uuid(id: Uuid) -> pgrx::Uuid {
 fn read_for_update(record: &Record) -> Result<Option<Record>> {
     let id = record.conflict_id;
     let text = run(Statement::Lock, part_of(record.losing), &[sql_uuid(id).into()])?;
-    let parse = |text: String| {
-        serde_json::from_str(&text).map_err(|e| Error::bug(format!("conflict {id} cannot be read: {e}")))
-    };
-    text.map(parse).transpose()
+    text.map(|text| parse(id, &text)).transpose()
 }
 
 /// Runs a statement on a part. Returns the first column of its row, if there is one.

@@ -111,6 +111,7 @@ impl Driver {
         if let Some(contact) = &mut self.contact {
             contact.applier.flush();
         }
+        self.reconsider();
         let node = self.contact.as_ref().map(|c| c.node);
         let idle = self.session.is_idle();
         self.housekeeping.run(self.database, node, idle)?;
@@ -147,11 +148,32 @@ impl Driver {
         Ok(true)
     }
 
+    /// Displaced rows may have found their place.
+    fn reconsider(&mut self) {
+        let Some(contact) = &mut self.contact else { return };
+        if self.peer.paused {
+            return;
+        }
+        match contact.applier.reconsider() {
+            Ok(()) => {}
+            // A user holds a lock: next time.
+            Err(error) if error.class == Class::Retry => {}
+            Err(error) => {
+                self.database.worker.note_error(&error);
+                pgrx::warning!("tandem exchange: displaced rows could not be asked again: {error}");
+            }
+        }
+    }
+
     fn wait(&mut self) {
         let now = boot_ms();
         let due = self.session.due_in(now).min(self.housekeeping.due_in(now)).min(self.look_at - now).max(0);
         let waited = match &mut self.contact {
-            Some(contact) => contact.link.wait(due),
+            Some(contact) => {
+                let asks = contact.applier.reconsiders_in().filter(|_| !self.peer.paused);
+                let asks = asks.map_or(i64::MAX, |due| i64::try_from(due.as_millis()).unwrap_or(i64::MAX).max(1));
+                contact.link.wait(due.min(asks))
+            }
             None => {
                 process::wait(None, due);
                 Ok(())

@@ -1,5 +1,5 @@
 //! Retention: closed conflicts leave the history `tandem.conflict_retention` after they last changed here;
-//! open ones stay. How many there were stays in `tandem.conflict_count`, and what was decided about them in
+//! open ones stay. How many there were stays in `tandem.conflict_count`, and what a person decided about them in
 //! `tandem.conflict_removed` for as long again, should one be told once more.
 //!
 //! Nothing goes before the peer has all that this node had told when it became due: until then the peer
@@ -48,7 +48,7 @@ enum Cleared {
 const KEEP: &str = "
     kept as (
         insert into tandem.conflict_removed (conflict_id, decision)
-        select conflict_id, record -> 'decision' from {source} where decision_version::int8 > 0
+        select conflict_id, record -> 'decision' from {source} where status in ('resolved', 'ignored')
         on conflict (conflict_id) do update set decision = excluded.decision, removed_at = excluded.removed_at)
     insert into tandem.conflict_count as c (schema_name, table_name, conflict_type, removed, last_detected_at)
     select schema_name, table_name, conflict_type, count(*), max(detected_at) from {source}
@@ -116,7 +116,7 @@ fn clear_part(part: u32, before: i64, patient: bool) -> Result<Cleared> {
         "with gone as (
              delete from tandem.conflict_{part} where conflict_id in (
                  select conflict_id from tandem.conflict_{part} where {is_due} limit $2 for update skip locked)
-             returning conflict_id, schema_name, table_name, conflict_type, detected_at, decision_version, record),
+             returning conflict_id, schema_name, table_name, conflict_type, detected_at, status, record),
          {keep}"
     );
     Spi::run_with_args(&statement, &[before.into(), AT_ONCE.into()])?;

@@ -16,6 +16,7 @@ pub fn met(table: &str, key: i32, status: Status) -> Record {
         key,
         conflict_type: ConflictType::UpdateOriginDiffers,
         constraint_name: None,
+        rival: None,
         losing,
         winning,
         cells: vec!["a".to_string()],

@@ -1,8 +1,11 @@
 //! The only place that judges a pair of writes: the join of a change into a row, and what is lost by it.
 //!
-//! The join (DESIGN 4): the greater birth wins whole; within a life each cell takes the greater version
-//! and `dead` takes the greater; a row shows while its `hlc` is above `dead`. What the sender had not seen
-//! is what its bases don't name (DESIGN 3). Rules of the record:
+//! The join (DESIGN 4), where the later version wins throughout: the greater birth wins whole; within a life
+//! each cell takes the greater version and `dead` takes the greater; a row shows while its `hlc` is above
+//! `dead`. What the sender had not seen is what its bases don't name (DESIGN 3). Other policies change who
+//! wins, as `life` (of two lives), `row` (whether it exists) and `cell` say, each of their own subject.
+//!
+//! Rules of the record:
 //!
 //! - The type comes from what won and what lost, never from who came first: both nodes find the same.
 //!
@@ -17,13 +20,17 @@
 //! - A delete whose effect holds lost nothing: both deleted; or the life that it named has since given
 //!   way to a newer one (a delete is never compared with an insert of another life).
 //! - What was already dead here can't be lost again: it was ended knowingly, or is on record since.
-//! - A delete that loses to a later update is the only loss of that pair: earlier unseen updates live on.
+//! - A delete that loses to an update is the only loss of that pair: other unseen updates live on.
+mod cell;
+mod life;
+mod row;
+
 use crate::change::{Change, Op};
 use crate::hlc::Hlc;
+use crate::policy::Policies;
 use crate::record::ConflictType;
 use crate::stable::Stable;
 use crate::versions::{CellId, Versions};
-use std::cmp::Ordering;
 
 /// Whether a key shows on the receiving node.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -39,7 +46,8 @@ pub enum Existence {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct RowState {
     pub existence: Existence,
-    /// `_hlc`: greatest version of this life, its delete included, kept for good; 0 if absent.
+    /// `_hlc`: greatest version of this life, its delete and what lost included, kept for good; 0 if absent.
+    /// (Under `node_priority` also of a life that the peer's took the place of: it never falls.)
     pub hlc: Hlc,
     pub versions: Versions,
 }
@@ -100,7 +108,8 @@ pub struct Verdict {
     pub merged: bool,
 }
 
-/// Judges `change` (cell ids already translated to the receiver's) against what the receiver holds.
+/// Judges `change` (cell ids already translated to the receiver's) against what the receiver holds, by the
+/// policies that hold for this pair: the same on both nodes.
 /// `same_value(cell)` tells whether the change's new value of a cell equals the stored one; it is asked
 /// only about cells in conflict.
 ///
@@ -110,9 +119,10 @@ pub fn judge(
     row: &RowState,
     change: &Change<'_>,
     stable: &Stable,
+    policies: &Policies,
     same_value: &mut dyn FnMut(CellId) -> bool,
 ) -> Verdict {
-    let mut pair = Pair { row, change, stable, same_value, losses: Vec::new(), met: false };
+    let mut pair = Pair { row, change, stable, policies, same_value, losses: Vec::new(), met: false };
     let (effect, hlc, versions) = pair.join();
     let shows = matches!(
         (&effect, row.existence),
@@ -161,6 +171,7 @@ struct Pair<'a> {
     row: &'a RowState,
     change: &'a Change<'a>,
     stable: &'a Stable,
+    policies: &'a Policies,
     same_value: &'a mut dyn FnMut(CellId) -> bool,
     losses: Vec<Loss>,
     /// The sender had not seen something of what it wrote over.
@@ -177,15 +188,15 @@ impl Pair<'_> {
         match (change.op, row.existence) {
             (Op::Insert, Existence::Absent) => self.be_born(Effect::Insert),
             (Op::Insert, _) if same_life => self.keep(), // A life is born once: this is the same insert again.
-            (Op::Insert, existence) if change.life > row.versions.birth => match existence {
+            (Op::Insert, existence) if self.life_wins() => match existence {
                 Existence::Live => self.replace(),
                 _ => self.be_born(Effect::Insert),
             },
             (Op::Update | Op::Delete, Existence::Absent) => self.missing(),
             (Op::Update, _) if same_life => self.update(),
             (Op::Delete, _) if same_life => self.delete(),
-            (Op::Update | Op::Delete, _) if change.life > row.versions.birth => self.missing(),
-            (_, _) => self.older_life(),
+            (Op::Update | Op::Delete, _) if self.life_is_unknown() => self.missing(),
+            (_, _) => self.lost_life(),
         }
     }
 
@@ -204,125 +215,10 @@ impl Pair<'_> {
         (Effect::Missing, self.row.hlc, self.row.versions.clone())
     }
 
-    /// The change's life is the newer one, or the only one: it stands as it was written.
-    fn be_born(&self, effect: Effect) -> Outcome {
-        let mut versions = Versions { birth: self.change.life, ..Versions::default() };
-        for cell in self.change.cells.iter().filter(|c| c.version != self.change.life) {
-            versions.set(cell.cell, cell.version);
-        }
-        (effect, self.change.version, versions)
-    }
-
-    /// A newer life against a living row: whatever the sender had not seen of the older is lost.
-    fn replace(&mut self) -> Outcome {
-        let held = &self.row.versions;
-        let written = self.change.cells.iter().map(|c| c.cell);
-        let unwritten = held.cells.iter().map(|c| c.0);
-        let unwritten = unwritten.filter(|id| !self.change.cells.iter().any(|c| c.cell == *id));
-        for id in written.chain(unwritten).collect::<Vec<_>>() {
-            let mine = held.cell(id);
-            let seen = mine.is_zero() || self.stable.same(mine, self.change.base.cell(id));
-            self.met |= !seen;
-            let same = !seen && self.change_has(id) && (self.same_value)(id);
-            if !seen && !same {
-                let conflict = conflict_type(Write::Insert, kind(mine, held.birth));
-                self.lose(conflict, Side::Local, mine, self.change.life, Some(id));
-            }
-        }
-        self.be_born(Effect::Replace)
-    }
-
-    /// A change of a life that has given way to a newer one loses whole. Its node can't have seen the newer.
-    fn older_life(&mut self) -> Outcome {
-        self.met = true;
-        let birth = self.row.versions.birth;
-        for cell in &self.change.cells {
-            if !(self.same_value)(cell.cell) {
-                let loser = match self.change.op {
-                    Op::Insert => kind(cell.version, self.change.life),
-                    _ => Write::Update,
-                };
-                let conflict = conflict_type(Write::Insert, loser);
-                self.lose(conflict, Side::Remote, cell.version, birth, Some(cell.cell));
-            }
-        }
-        self.keep()
-    }
-
-    fn delete(&mut self) -> Outcome {
-        let (row, dead) = (self.row, self.change.version);
-        let held = &row.versions;
-        if held.dead >= dead {
-            self.met = held.dead > dead;
-            return self.keep();
-        }
-        let mut versions = held.clone();
-        versions.dead = dead;
-        let hlc = row.hlc.max(dead);
-        if row.existence == Existence::Tombstone {
-            self.met = !self.stable.same(held.dead, self.change.base.dead);
-            return (Effect::Restamp, hlc, versions);
-        }
-        if row.hlc > dead {
-            self.lose(ConflictType::UpdateDeleted, Side::Remote, dead, row.hlc, None);
-            return (Effect::Restamp, hlc, versions);
-        }
-        for &(id, mine) in &held.cells {
-            if !mine.is_zero() && !self.stable.same(mine, self.change.base.cell(id)) {
-                let conflict = conflict_type(Write::Delete, kind(mine, held.birth));
-                self.lose(conflict, Side::Local, mine, dead, Some(id));
-            }
-        }
-        (Effect::Delete, hlc, versions)
-    }
-
-    fn update(&mut self) -> Outcome {
-        let (row, change) = (self.row, self.change);
-        let held = &row.versions;
-        let was_live = row.existence == Existence::Live;
-        let shows = was_live || change.version > held.dead;
-        if !was_live && shows && !self.stable.same(held.dead, change.base.dead) {
-            self.lose(ConflictType::UpdateDeleted, Side::Local, held.dead, change.version, None);
-        }
-        let mut versions = held.clone();
-        let (mut taken, mut all_same) = (Vec::new(), true);
-        for cell in &change.cells {
-            let (id, mine) = (cell.cell, held.cell(cell.cell));
-            let order = cell.version.cmp(&mine);
-            if order == Ordering::Greater {
-                versions.set(id, cell.version);
-                taken.push(id);
-            }
-            if order == Ordering::Equal {
-                continue; // It came before.
-            }
-            let seen = mine.is_zero() || self.stable.same(mine, change.base.cell(id));
-            // What a delete ends has no content to agree with: it is lost, whatever the tombstone shows.
-            let same = shows && !seen && (self.same_value)(id);
-            self.met |= !seen;
-            all_same &= same || order == Ordering::Less;
-            if same {
-                continue;
-            }
-            if !shows {
-                // The tombstone stands: whatever the cells say, the update is lost to the delete.
-                self.lose(ConflictType::DeleteOriginDiffers, Side::Remote, cell.version, held.dead, Some(id));
-            } else if !seen && order == Ordering::Greater {
-                let conflict = conflict_type(Write::Update, kind(mine, held.birth));
-                self.lose(conflict, Side::Local, mine, cell.version, Some(id));
-            } else if !seen {
-                let conflict = conflict_type(kind(mine, held.birth), Write::Update);
-                self.lose(conflict, Side::Remote, cell.version, mine, Some(id));
-            }
-        }
-        let effect = match (was_live, shows) {
-            (false, true) => Effect::Revive(taken),
-            _ if taken.is_empty() => return self.keep(),
-            (false, false) => Effect::UpdateTombstone(taken),
-            (true, _) if all_same => Effect::Restamp,
-            (true, _) => Effect::Update(taken),
-        };
-        (effect, row.hlc.max(change.version), versions)
+    /// These versions are stored; the content stays.
+    fn restamp(&self, hlc: Hlc, versions: Versions) -> Outcome {
+        let unchanged = hlc == self.row.hlc && versions == self.row.versions;
+        (if unchanged { Effect::Keep } else { Effect::Restamp }, hlc, versions)
     }
 
     fn change_has(&self, id: CellId) -> bool {

@@ -180,7 +180,7 @@ mod tests {
     }
     /// Listed before: born at 1, cell 2 written at 2, all else by the birth.
     fn listed() -> Versions {
-        Versions { birth: v(1), dead: Hlc(0), cells: vec![(2, v(2))] }
+        Versions { birth: v(1), dead: Hlc(0), cells: vec![(2, v(2))], ..Versions::default() }
     }
     fn change(
         op: Op,
@@ -203,7 +203,7 @@ mod tests {
         change(Op::Insert, "k", version, version, &[(2, "i2"), (3, "i3")], base)
     }
     fn update(version: u64, life: u64, cell: u16, new: &'static str, base: Hlc) -> Change<'static> {
-        let base = Versions { birth: v(life), dead: Hlc(0), cells: vec![(cell, base)] };
+        let base = Versions { birth: v(life), dead: Hlc(0), cells: vec![(cell, base)], ..Versions::default() };
         change(Op::Update, "k", version, life, &[(cell, new)], base)
     }
     fn delete(version: u64, life: u64, base: Versions) -> Change<'static> {
@@ -226,13 +226,16 @@ mod tests {
         let net = one(vec![second, update(5, 1, 2, "a", v(2)), update(7, 1, 3, "c", v(1))]);
         assert_eq!(cells(&net), [(2, v(6), "b"), (3, v(7), "c")]);
         assert_eq!((net.op, net.version, net.life), (Op::Update, v(7), v(1)));
-        assert_eq!(net.base, Versions { birth: v(1), dead: Hlc(0), cells: vec![(2, v(2)), (3, v(1))] });
+        assert_eq!(
+            net.base,
+            Versions { birth: v(1), dead: Hlc(0), cells: vec![(2, v(2)), (3, v(1))], ..Versions::default() }
+        );
         assert_eq!(net.cells[0].old, value("old"));
     }
 
     #[test]
     fn an_insert_takes_in_its_updates() {
-        let tombstone = Versions { birth: v(1), dead: v(2), cells: vec![] };
+        let tombstone = Versions { birth: v(1), dead: v(2), cells: vec![], ..Versions::default() };
         let net = one(vec![insert(5, tombstone.clone()), update(6, 5, 3, "c", v(5))]);
         assert_eq!(cells(&net), [(2, v(5), "i2"), (3, v(6), "c")]);
         assert_eq!((net.op, net.version, net.life, net.base), (Op::Insert, v(6), v(5), tombstone));
@@ -251,7 +254,7 @@ mod tests {
     fn delete_and_insert_is_a_replace() {
         let mut seen = listed();
         seen.set(3, v(5));
-        let between = Versions { birth: v(1), dead: v(6), cells: vec![(2, v(2))] };
+        let between = Versions { birth: v(1), dead: v(6), cells: vec![(2, v(2))], ..Versions::default() };
         let net =
             one(vec![update(5, 1, 3, "a", v(1)), delete(6, 1, seen), insert(7, between), update(8, 7, 2, "b", v(7))]);
         assert_eq!((net.op, net.version, net.life), (Op::Insert, v(8), v(7)));
@@ -273,7 +276,7 @@ mod tests {
 
     #[test]
     fn an_insert_after_all_that_lists_what_was_before() {
-        let tombstone = Versions { birth: v(1), dead: v(2), cells: vec![] };
+        let tombstone = Versions { birth: v(1), dead: v(2), cells: vec![], ..Versions::default() };
         let born = Versions { birth: v(5), ..Versions::default() };
         let net = one(vec![insert(5, tombstone.clone()), delete(6, 5, born.clone()), insert(7, born)]);
         assert_eq!((net.op, net.life, net.base), (Op::Insert, v(7), tombstone));

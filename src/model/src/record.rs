@@ -24,6 +24,46 @@ pub enum ConflictType {
     InitialDiffers,
 }
 
+impl ConflictType {
+    pub const ALL: [ConflictType; 12] = [
+        ConflictType::InsertExists,
+        ConflictType::UpdateOriginDiffers,
+        ConflictType::UpdateExists,
+        ConflictType::UpdateMissing,
+        ConflictType::UpdateDeleted,
+        ConflictType::DeleteOriginDiffers,
+        ConflictType::DeleteMissing,
+        ConflictType::MultipleUniqueConflicts,
+        ConflictType::ForeignKeyViolation,
+        ConflictType::CheckViolation,
+        ConflictType::TruncateOriginDiffers,
+        ConflictType::InitialDiffers,
+    ];
+
+    /// The name that users see.
+    pub fn name(self) -> &'static str {
+        match self {
+            ConflictType::InsertExists => "insert_exists",
+            ConflictType::UpdateOriginDiffers => "update_origin_differs",
+            ConflictType::UpdateExists => "update_exists",
+            ConflictType::UpdateMissing => "update_missing",
+            ConflictType::UpdateDeleted => "update_deleted",
+            ConflictType::DeleteOriginDiffers => "delete_origin_differs",
+            ConflictType::DeleteMissing => "delete_missing",
+            ConflictType::MultipleUniqueConflicts => "multiple_unique_conflicts",
+            ConflictType::ForeignKeyViolation => "foreign_key_violation",
+            ConflictType::CheckViolation => "check_violation",
+            ConflictType::TruncateOriginDiffers => "truncate_origin_differs",
+            ConflictType::InitialDiffers => "initial_differs",
+        }
+    }
+
+    /// The type of a name.
+    pub fn of_name(name: &str) -> Option<ConflictType> {
+        ConflictType::ALL.into_iter().find(|t| t.name() == name)
+    }
+}
+
 /// Where a conflict stands. At detection `Auto` or `Open`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -69,6 +109,10 @@ pub struct Record {
     pub losing: Hlc,
     /// The greatest version that is known to have won against it.
     pub winning: Hlc,
+    /// Key of the row that holds what this one may not hold with it (a unique value, the place of a parent);
+    /// then the record is of this pair of rows, not of all that the losing write met.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rival: Option<Box<RawValue>>,
     /// Names of the cells lost, sorted; empty: the row's existence.
     pub cells: Vec<String>,
     /// What the losing write held, by column, united over the pairs in which it was met: an image shows one
@@ -101,6 +145,24 @@ impl Record {
         }
         name.extend_from_slice(&losing.0.to_be_bytes());
         Uuid::new_v5(&NAMESPACE, &name)
+    }
+    /// The id that a record must have.
+    pub fn derived_id(&self) -> Uuid {
+        let id = Record::id(&self.schema, &self.table, self.key.get(), self.losing);
+        match &self.rival {
+            None => id,
+            Some(rival) => {
+                let mut name = self.winning.0.to_be_bytes().to_vec();
+                name.extend_from_slice(rival.get().as_bytes());
+                Uuid::new_v5(&id, &name)
+            }
+        }
+    }
+    /// Makes it the record of a constraint: `rival` is the key of the row that stands in the way, and for each
+    /// pair of rows and versions there is one record.
+    pub fn over(&mut self, rival: Box<RawValue>) {
+        self.rival = Some(rival);
+        self.conflict_id = self.derived_id();
     }
     /// The node whose write lost.
     pub fn losing_node(&self) -> NodeId {
@@ -222,6 +284,16 @@ mod tests {
     }
 
     #[test]
+    fn a_type_has_one_name_in_records_and_in_sql() {
+        for conflict_type in ConflictType::ALL {
+            let json = serde_json::to_string(&conflict_type).expect("a type is json");
+            assert_eq!(json, format!("\"{}\"", conflict_type.name()));
+            assert_eq!(ConflictType::of_name(conflict_type.name()), Some(conflict_type));
+        }
+        assert_eq!(ConflictType::of_name("InsertExists"), None);
+    }
+
+    #[test]
     fn the_id_tells_parts_apart() {
         let id = Record::id("public", "t", r#"{"id":1}"#, Hlc(65));
         assert_eq!(id, Record::id("public", "t", r#"{"id":1}"#, Hlc(65)));
@@ -253,6 +325,7 @@ mod tests {
             constraint_name: None,
             losing: Hlc(65),
             winning: Hlc(version),
+            rival: None,
             cells: vec![lost.into()],
             lost: BTreeMap::from([(lost.to_string(), raw("1.50"))]),
             replaced: BTreeMap::new(),
@@ -317,7 +390,7 @@ mod tests {
         ) -> Record {
             Record {
                 conflict_id: Uuid::nil(), schema: "s".into(), table: "t".into(), key: raw("{}"), conflict_type, constraint_name,
-                losing: Hlc(65), winning: Hlc(winning), cells: cells.into_iter().collect(), lost, replaced, base, tuples, result, policy, detected_at, decision,
+                losing: Hlc(65), winning: Hlc(winning), rival: None, cells: cells.into_iter().collect(), lost, replaced, base, tuples, result, policy, detected_at, decision,
             }
         }
     }

@@ -21,6 +21,9 @@ pub struct Versions {
     pub dead: Hlc,
     /// Sorted by cell.
     pub cells: Vec<(CellId, Hlc)>,
+    /// Of a row that outlived a delete under `update_wins`: the listed cells that some delete had seen,
+    /// sorted. Unlisted ones were seen by every delete. A tombstone has none: all of it was seen.
+    pub ended: Vec<CellId>,
 }
 
 /// [`Versions`] as it arrives, before its order is checked.
@@ -30,12 +33,14 @@ struct Listed {
     dead: Hlc,
     #[serde(deserialize_with = "crate::bounded::list")]
     cells: Vec<(CellId, Hlc)>,
+    #[serde(deserialize_with = "crate::bounded::list")]
+    ended: Vec<CellId>,
 }
 
 impl TryFrom<Listed> for Versions {
     type Error = DecodeError;
-    fn try_from(Listed { birth, dead, cells }: Listed) -> Result<Versions, DecodeError> {
-        Versions { birth, dead, cells }.ordered()
+    fn try_from(Listed { birth, dead, cells, ended }: Listed) -> Result<Versions, DecodeError> {
+        Versions { birth, dead, cells, ended }.ordered()
     }
 }
 
@@ -49,6 +54,10 @@ mod flag {
     pub const UNIFORM: u8 = 4;
     /// 2 bytes of cell and 8 bytes of version, again and again, to the end.
     pub const EACH: u8 = 8;
+    /// 2 bytes of count and 2 bytes for each ended cell; before the cells.
+    pub const ENDED: u8 = 16;
+    /// All of them.
+    pub const KNOWN: u8 = 31;
 }
 
 impl Versions {
@@ -61,11 +70,25 @@ impl Versions {
         let at = self.cells.binary_search_by_key(&cell, |e| e.0).ok()?;
         self.cells.get(at).map(|e| e.1)
     }
-    /// Sets the entry of a cell.
+    /// Sets the entry of a cell: a write that no delete has seen.
     pub fn set(&mut self, cell: CellId, version: Hlc) {
+        self.ended.retain(|ended| *ended != cell);
         match self.cells.binary_search_by_key(&cell, |e| e.0) {
             Ok(at) => self.cells[at].1 = version,
             Err(at) => self.cells.insert(at, (cell, version)),
+        }
+    }
+    /// Ends the life: the versions of its tombstone, where nothing is left that the delete had not seen.
+    pub fn end(&mut self, dead: Hlc) {
+        self.dead = self.dead.max(dead);
+        self.ended.clear();
+    }
+    /// Notes that a delete had seen a listed cell.
+    pub fn end_cell(&mut self, cell: CellId) {
+        if self.entry(cell).is_some()
+            && let Err(at) = self.ended.binary_search(&cell)
+        {
+            self.ended.insert(at, cell);
         }
     }
     /// Forgets what is stable, without changing what any cell reads as under [`Stable`]. For living rows
@@ -73,6 +96,9 @@ impl Versions {
     pub fn trim(&mut self, stable: &Stable) {
         self.birth = stable.read(self.birth);
         self.dead = stable.read(self.dead);
+        // Every delete that may still come has seen what is stable.
+        let cells = &self.cells;
+        self.ended.retain(|id| cells.iter().any(|(cell, version)| cell == id && !stable.covers(*version)));
         let birth = self.birth;
         self.cells.retain_mut(|entry| {
             entry.1 = stable.read(entry.1);
@@ -102,9 +128,18 @@ impl Versions {
             }
         };
         let present = |v: Hlc, bit| if v.is_zero() { 0 } else { bit };
+        flags |= if self.ended.is_empty() { 0 } else { flag::ENDED };
         out.push(flags | present(self.birth, flag::BIRTH) | present(self.dead, flag::DEAD));
-        for v in [self.birth, self.dead].into_iter().filter(|v| !v.is_zero()).chain(uniform) {
+        for v in [self.birth, self.dead].into_iter().filter(|v| !v.is_zero()) {
             out.extend_from_slice(&v.0.to_be_bytes());
+        }
+        if !self.ended.is_empty() {
+            // Cells are numbered by 16 bits, and each is listed once.
+            out.extend_from_slice(&(self.ended.len() as u16).to_be_bytes());
+            self.ended.iter().for_each(|cell| out.extend_from_slice(&cell.to_be_bytes()));
+        }
+        if let Some(version) = uniform {
+            out.extend_from_slice(&version.0.to_be_bytes());
         }
         for &(cell, version) in &self.cells {
             out.extend_from_slice(&cell.to_be_bytes());
@@ -116,7 +151,7 @@ impl Versions {
     /// Reads the binary form; any bytes give a value or an error. What decodes encodes to the same bytes.
     pub fn decode(bytes: &[u8]) -> Result<Versions, DecodeError> {
         let (&flags, mut rest) = bytes.split_first().ok_or_else(|| malformed("no bytes"))?;
-        if flags >= 16 || flags & (flag::UNIFORM | flag::EACH) == flag::UNIFORM | flag::EACH {
+        if flags > flag::KNOWN || flags & (flag::UNIFORM | flag::EACH) == flag::UNIFORM | flag::EACH {
             return Err(malformed("unknown flags"));
         }
         let mut versions = Versions::default();
@@ -126,6 +161,14 @@ impl Versions {
                 if field.is_zero() {
                     return Err(malformed("a listed version is 0"));
                 }
+            }
+        }
+        if flags & flag::ENDED != 0 {
+            for _ in 0..u16::from_be_bytes(take(&mut rest)?) {
+                versions.ended.push(CellId::from_be_bytes(take(&mut rest)?));
+            }
+            if versions.ended.is_empty() {
+                return Err(malformed("no cell ended"));
             }
         }
         if flags & (flag::UNIFORM | flag::EACH) != 0 {
@@ -147,7 +190,12 @@ impl Versions {
         versions.ordered()
     }
     fn ordered(self) -> Result<Versions, DecodeError> {
-        if self.cells.is_sorted_by(|a, b| a.0 < b.0) { Ok(self) } else { Err(malformed("cells out of order")) }
+        let ordered = self.cells.is_sorted_by(|a, b| a.0 < b.0) && self.ended.is_sorted_by(|a, b| a < b);
+        if !ordered {
+            return Err(malformed("cells out of order"));
+        }
+        let listed = self.ended.iter().all(|cell| self.entry(*cell).is_some());
+        if listed { Ok(self) } else { Err(malformed("an ended cell is not listed")) }
     }
 }
 
@@ -187,9 +235,13 @@ mod tests {
 
     #[test]
     fn an_explicit_zero_stays_while_the_birth_is_listed() {
-        let mut versions = Versions { birth: v(3, 2), dead: v(4, 1), cells: vec![(1, v(5, 1)), (2, v(9, 1))] };
+        let mut versions =
+            Versions { birth: v(3, 2), dead: v(4, 1), cells: vec![(1, v(5, 1)), (2, v(9, 1))], ended: vec![] };
         versions.trim(&stable(5, 0));
-        assert_eq!(versions, Versions { birth: v(3, 2), dead: Hlc(0), cells: vec![(1, Hlc(0)), (2, v(9, 1))] });
+        assert_eq!(
+            versions,
+            Versions { birth: v(3, 2), dead: Hlc(0), cells: vec![(1, Hlc(0)), (2, v(9, 1))], ended: vec![] }
+        );
         versions.trim(&stable(5, 3));
         assert_eq!(versions, Versions { cells: vec![(2, v(9, 1))], ..Versions::default() });
         versions.trim(&stable(9, 3));
@@ -198,7 +250,7 @@ mod tests {
 
     #[test]
     fn a_tombstone_goes_when_all_of_it_is_stable() {
-        let tombstone = Versions { birth: v(3, 2), dead: v(8, 1), cells: vec![(1, v(5, 1))] };
+        let tombstone = Versions { birth: v(3, 2), dead: v(8, 1), cells: vec![(1, v(5, 1))], ended: vec![] };
         assert!(!tombstone.collectable(&stable(8, 2)));
         assert!(!tombstone.collectable(&stable(7, 3)));
         assert!(tombstone.collectable(&stable(8, 3)));
@@ -224,11 +276,12 @@ mod tests {
 
     fn any_versions() -> impl Strategy<Value = Versions> {
         let version = prop_oneof![Just(0u64), 1u64..4, any::<u64>()].prop_map(Hlc);
-        let cells = proptest::collection::btree_map(any::<u16>(), version.clone(), 0..6);
+        let cells = proptest::collection::btree_map(any::<u16>(), (version.clone(), any::<bool>()), 0..6);
         (version.clone(), version, cells).prop_map(|(birth, dead, cells)| Versions {
             birth,
             dead,
-            cells: cells.into_iter().collect(),
+            cells: cells.iter().map(|(cell, (version, _))| (*cell, *version)).collect(),
+            ended: cells.iter().filter(|(_, (_, ended))| *ended).map(|(cell, _)| *cell).collect(),
         })
     }
 
@@ -243,7 +296,7 @@ mod tests {
         }
 
         #[test]
-        fn any_bytes_decode_or_not(flags in 0u8..16, body in proptest::collection::vec(any::<u8>(), 0..50)) {
+        fn any_bytes_decode_or_not(flags in 0u8..=flag::KNOWN, body in proptest::collection::vec(any::<u8>(), 0..50)) {
             let bytes: Vec<u8> = std::iter::once(flags).chain(body).collect();
             if let Ok(versions) = Versions::decode(&bytes) {
                 let mut again = Vec::new();
@@ -259,6 +312,7 @@ mod tests {
                 birth: Hlc(versions.birth.0 % 640),
                 dead: Hlc(versions.dead.0 % 640),
                 cells: versions.cells.iter().map(|&(c, v)| (c % 4, Hlc(v.0 % 640))).collect::<std::collections::BTreeMap<_, _>>().into_iter().collect(),
+                ended: vec![],
             };
             let stable = stable(own, peer);
             let mut trimmed = versions.clone();

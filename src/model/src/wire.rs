@@ -5,7 +5,7 @@ use crate::hlc::{Hlc, Mark, Position};
 use serde::{Deserialize, Serialize};
 
 /// Version of the protocol; a handshake with another is refused by name.
-pub const PROTOCOL: u32 = 1;
+pub const PROTOCOL: u32 = 2;
 
 /// Bytes that are not what they should be. From a peer: the stream stops, by name.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -124,7 +124,7 @@ mod tests {
             key: key.iter().map(|k| k.map(Bytes::new)).collect(),
             version: Hlc(129),
             life: Hlc(65),
-            base: Versions { birth: Hlc(65), dead: Hlc(0), cells: vec![(3, Hlc(66))] },
+            base: Versions { birth: Hlc(65), dead: Hlc(0), cells: vec![(3, Hlc(66))], ..Versions::default() },
             cells: vec![],
             moved: Some(vec![None]),
         })

@@ -3,6 +3,7 @@ use serde_bytes::Bytes;
 use tandem_model::change::{CellChange, Change, Op};
 use tandem_model::hlc::{Hlc, NodeId};
 use tandem_model::judge::{Effect, Existence, Loss, RowState, Side, Verdict, judge};
+use tandem_model::policy::Policies;
 use tandem_model::record::ConflictType::*;
 use tandem_model::stable::Stable;
 use tandem_model::versions::Versions;
@@ -18,7 +19,7 @@ fn stable(own_point: u64, peer_point: u64) -> Stable {
     Stable { own: (NodeId(1), own(own_point)), peer: (NodeId(2), peer(peer_point)) }
 }
 fn versions(birth: Hlc, dead: Hlc, cells: &[(u16, Hlc)]) -> Versions {
-    Versions { birth, dead, cells: cells.to_vec() }
+    Versions { birth, dead, cells: cells.to_vec(), ..Versions::default() }
 }
 fn row(existence: Existence, hlc: Hlc, versions: Versions) -> RowState {
     RowState { existence, hlc, versions }
@@ -34,7 +35,7 @@ fn delete(version: Hlc, life: Hlc, base: Versions) -> Change<'static> {
 }
 /// A verdict where no content agrees.
 fn verdict(row: &RowState, change: &Change<'_>, stable: Stable) -> Verdict {
-    judge(row, change, &stable, &mut |_| false)
+    judge(row, change, &stable, &Policies::default(), &mut |_| false)
 }
 fn unchanged(row: &RowState, verdict: &Verdict) -> bool {
     (verdict.hlc, &verdict.versions) == (row.hlc, &row.versions)
@@ -79,7 +80,7 @@ fn an_update_lost_to_a_delete_is_lost_whatever_the_tombstone_shows() {
     let update = change(Op::Update, own(1), &[(2, peer(5))], base);
     // The cell was updated here too, unseen, to the same content.
     let held = row(Existence::Tombstone, own(9), versions(own(1), own(9), &[(2, own(4))]));
-    let v = judge(&held, &update, &stable(0, 0), &mut |_| true);
+    let v = judge(&held, &update, &stable(0, 0), &Policies::default(), &mut |_| true);
     assert_eq!(v.effect, Effect::UpdateTombstone(vec![2]));
     let loss =
         Loss { conflict: DeleteOriginDiffers, loser: Side::Remote, losing: peer(5), winning: own(9), cells: vec![2] };
@@ -149,10 +150,10 @@ fn a_delete_whose_effect_holds_is_no_loss() {
 fn the_same_row_inserted_on_both_sides_is_no_conflict() {
     let held = row(Existence::Live, own(4), versions(own(4), Hlc(0), &[]));
     let insert = change(Op::Insert, peer(5), &[(2, peer(5)), (3, peer(5))], Versions::default());
-    let v = judge(&held, &insert, &stable(0, 0), &mut |_| true);
+    let v = judge(&held, &insert, &stable(0, 0), &Policies::default(), &mut |_| true);
     assert_eq!((v.effect, v.losses.len(), v.merged), (Effect::Replace, 0, true));
     // Where one cell differs, that one is lost.
-    let v = judge(&held, &insert, &stable(0, 0), &mut |cell| cell == 2);
+    let v = judge(&held, &insert, &stable(0, 0), &Policies::default(), &mut |cell| cell == 2);
     let loss = Loss { conflict: InsertExists, loser: Side::Local, losing: own(4), winning: peer(5), cells: vec![3] };
     assert_eq!(v.losses, [loss]);
     // A table of keys alone has nothing to lose.
@@ -165,7 +166,7 @@ fn equal_updates_only_restamp() {
     let held = row(Existence::Live, own(4), versions(own(1), Hlc(0), &[(2, own(4))]));
     let base = versions(own(1), Hlc(0), &[(2, own(1))]);
     let update = change(Op::Update, own(1), &[(2, peer(5))], base);
-    let v = judge(&held, &update, &stable(0, 0), &mut |_| true);
+    let v = judge(&held, &update, &stable(0, 0), &Policies::default(), &mut |_| true);
     assert_eq!((v.effect, v.hlc, v.losses.len(), v.merged), (Effect::Restamp, peer(5), 0, true));
     assert_eq!(v.versions, versions(own(1), Hlc(0), &[(2, peer(5))]));
 }

@@ -137,7 +137,7 @@ impl Node {
             let new = change.cells.iter().find(|c| c.cell == id).map(value_of);
             new.is_some() && new == held.and_then(|r| r.values.get(&id).copied())
         };
-        judge(&state, change, &self.stable, &mut same)
+        judge(&state, change, &self.stable, &self.policies, &mut same)
     }
 }
 
@@ -152,6 +152,7 @@ fn record(key: &[u8], loss: &Loss) -> Record {
         constraint_name: None,
         losing: loss.losing,
         winning: loss.winning,
+        rival: None,
         cells: loss.cells.iter().map(|c| c.to_string()).collect(),
         lost: BTreeMap::new(),
         replaced: BTreeMap::new(),

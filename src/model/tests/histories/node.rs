@@ -5,6 +5,7 @@ use serde_bytes::Bytes;
 use std::collections::{BTreeMap, VecDeque};
 use tandem_model::change::{Change, Op};
 use tandem_model::hlc::{Clock, Hlc, Mark, NodeId, Position};
+use tandem_model::policy::Policies;
 use tandem_model::record::Record;
 use tandem_model::stable::Stable;
 use tandem_model::versions::{CellId, Versions};
@@ -78,6 +79,7 @@ pub struct Entry {
 pub struct Node {
     pub id: NodeId,
     pub rule: Rule,
+    pub policies: Policies,
     pub clock: Clock,
     pub skew: i64,
     pub rows: BTreeMap<Key, Stored>,
@@ -100,6 +102,7 @@ impl Node {
         Node {
             id: NodeId(id),
             rule,
+            policies: Policies::default(),
             clock: Clock::new(),
             skew: 0,
             rows: BTreeMap::new(),
