@@ -3,6 +3,7 @@
 mod conflicts;
 mod errors;
 mod journal;
+mod notify;
 mod rights;
 mod tables;
 mod types;
