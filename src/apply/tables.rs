@@ -16,7 +16,7 @@ pub enum State {
     MissingHere,
     /// Columns, types or key differ.
     SchemaDiffers,
-    /// The columns are decided in other groups.
+    /// The columns are decided in other groups, or by other policies.
     PolicyDiffers,
     /// Both held rows when they were added, and not the same ones.
     JoinRequired,
@@ -71,6 +71,7 @@ pub fn compare_shapes(own: &Descriptor, initial: &Initial, peer: &PeerTable) -> 
     let one_cell = |shape: &Descriptor| {
         let mut shape = shape.clone();
         shape.columns.iter_mut().for_each(|c| c.cell = 0);
+        shape.policies.clear();
         shape
     };
     if let Err(difference) = one_cell(own).agrees(&one_cell(&peer.shape)) {

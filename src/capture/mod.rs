@@ -76,6 +76,7 @@ pub fn own_update(
         birth: listed.birth,
         dead: listed.dead,
         cells: cells.iter().map(|cell| (*cell, listed.cell(*cell))).collect(),
+        ..Versions::default()
     };
     cells.iter().for_each(|cell| listed.set(*cell, version));
     let facts = change::Facts { op: Op::Update, version, life: base.birth, base, cells };

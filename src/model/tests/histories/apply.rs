@@ -155,6 +155,7 @@ fn record(key: &[u8], loss: &Loss) -> Record {
         cells: loss.cells.iter().map(|c| c.to_string()).collect(),
         lost: BTreeMap::new(),
         replaced: BTreeMap::new(),
+        overruled: BTreeMap::new(),
         base: None,
         tuples: BTreeMap::new(),
         result: None,
