@@ -37,6 +37,8 @@ create table synced_table (
     granularity text not null check (granularity in ('column', 'row', 'cells')),
     -- groups of columns that are decided as one, [["city","zip"],["lat","lon"]]
     cells jsonb,
+    -- what becomes of a row whose parent was deleted unseen
+    on_fk text not null default 'revive' check (on_fk in ('revive', 'cascade', 'report')),
     -- content at add_table: rows of version 0, and an order-independent digest of them
     initial_rows int8 not null,
     initial_digest numeric not null,
@@ -125,6 +127,21 @@ create table tombstone (
 ) with (autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 2000, autovacuum_vacuum_cost_delay = 0);
 create index on tombstone (hlc);
 comment on table tombstone is 'deleted rows, remembered until the deletion is known and settled on both nodes';
+
+-- Columns as in tombstone: a row that comes and goes is stored alike.
+create table displaced (
+    relid oid not null,
+    key bytea not null,
+    hlc hlc not null,
+    cells cells not null,
+    image bytea not null,
+    descriptor int4 not null,
+    waits_for text not null check (waits_for in ('place', 'parent', 'check')),
+    constraint_name text not null,
+    since timestamptz not null,
+    primary key (relid, key)
+);
+comment on table displaced is 'rows that are alive and cannot show, because a constraint forbids it; they come back by themselves once it does not';
 
 -- The policy log: entries of the arbiter (the node with the lower id), wishes of the other one.
 create table policy (

@@ -16,6 +16,7 @@ select p.name as peer,
        (select sum(pg_catalog.pg_total_relation_size(c.oid))::int8 from pg_catalog.pg_class c
         where c.relnamespace = 'tandem'::regnamespace and c.relkind = 'r' and c.relname ~ '^journal_') as journal_bytes,
        pg_catalog.pg_total_relation_size('tandem.tombstone') as tombstone_bytes,
+       (select count(*) from tandem.displaced) as displaced,
        (select count(*) from tandem.held h where h.peer = p.name) as held,
        (select count(*) from tandem.conflict c where c.status = 'open') as open_conflicts,
        pg_catalog.pg_total_relation_size('tandem.conflict') as history_bytes
@@ -32,12 +33,13 @@ from tandem.policy p left join tandem.policy_states() s on s.version operator(ta
 where not p.reset;
 
 create view tables as
-select c.oid::regclass as relation, t.schema_name, t.table_name, t.state, t.reason, s.granularity, s.cells,
+select c.oid::regclass as relation, t.schema_name, t.table_name, t.state, t.reason, s.granularity, s.cells, s.on_fk,
        coalesce(p.policy, 'last_update_wins') as policy,
        s.initial_rows,
        (select count(*) from tandem.held h
         where h.schema_name = t.schema_name and h.table_name = t.table_name) as held,
        (select count(*) from tandem.tombstone d where d.relid = s.relid) as tombstones,
+       (select count(*) from tandem.displaced d where d.relid = s.relid) as displaced,
        (select count(*) from tandem.conflict f
         where f.schema_name = t.schema_name and f.table_name = t.table_name) as conflicts,
        (select count(*) from tandem.conflict f
@@ -149,6 +151,8 @@ begin
     if found then
         delete from tandem.tombstone t using pg_event_trigger_dropped_objects() d
         where d.classid = 'pg_class'::regclass and d.objsubid = 0 and t.relid = d.objid;
+        delete from tandem.displaced t using pg_event_trigger_dropped_objects() d
+        where d.classid = 'pg_class'::regclass and d.objsubid = 0 and t.relid = d.objid;
         delete from tandem.policy p using pg_event_trigger_dropped_objects() d
         where d.classid = 'pg_class'::regclass and d.objsubid = 0 and p.relid = d.objid;
     end if;
@@ -196,7 +200,7 @@ grant select on conflicts, open_conflicts, stat_conflicts to public;
 
 grant execute on function
     "check"(), create_node(text, int4), accept_skew(),
-    add_table(regclass, text, jsonb), add_tables_in_schema(text), remove_table(regclass),
+    add_table(regclass, text, jsonb, text), add_tables_in_schema(text), remove_table(regclass),
     set_policy(regclass, text, text[], text, text),
     add_peer(text, text), remove_peer(text), pause(), resume(), skip(text),
     stagger_sequence(regclass), stamp(), stamp_delete(), capture(), capture_truncate(),
@@ -222,6 +226,7 @@ comment on column status.applied is 'position in the peer''s stream up to which 
 comment on column status.acknowledged is 'position in this node''s stream up to which the peer has it for good';
 comment on column status.error_class is 'retry: goes away by itself; operator: waits for a person; bug';
 comment on column status.blocked_by is 'pid of a session that holds a lock the applying waits for';
+comment on column status.displaced is 'rows that are alive and cannot show because of a constraint';
 comment on column status.held is 'changes of the peer that wait until their table can take them';
 comment on view tables is 'one row per table that either side keeps in sync: how it is kept, and how it stands with the peer''s';
 comment on column tables.state is 'active, missing_on_peer, missing_here, schema_differs, policy_differs or join_required';
@@ -243,8 +248,9 @@ comment on view stat_conflicts is 'number of conflicts per table and type';
 comment on function "check"() is 'preflight: what stands in the way of keeping this database in sync';
 comment on function create_node(text, int4) is 'makes this database a node: its name, and an id from 1 to 63 that the peer must not have';
 comment on function accept_skew() is 'believes the wall clock as it is, after a jump that has been looked into';
-comment on function add_table(regclass, text, jsonb) is
-    'keeps a table in sync from now on; granularity ''column'' or ''row'', or cells: groups of columns that are decided as one';
+comment on function add_table(regclass, text, jsonb, text) is
+    'keeps a table in sync from now on; granularity ''column'' or ''row'', or cells: groups of columns that are decided as one; '
+    'on_fk: what becomes of a row whose parent was deleted unseen: ''revive'' the parent, ''cascade'' to the row, or ''report'' it and let it wait';
 comment on function add_tables_in_schema(text) is 'adds every table of a schema that can be kept in sync; returns those that were added';
 comment on function remove_table(regclass) is 'stops keeping a table in sync and drops what Tandem added to it; its rows stay';
 comment on function set_policy(regclass, text, text[], text, text) is

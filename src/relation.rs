@@ -10,6 +10,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::ffi::CStr;
 use std::rc::Rc;
 use tandem_model::descriptor::{ColumnShape, Descriptor, DescriptorId, Transport};
+use tandem_model::orphan::OnFk;
 use tandem_model::policy::{Policies, Policy};
 use tandem_model::policy_log::PolicyLog;
 use tandem_model::versions::CellId;
@@ -46,7 +47,9 @@ pub struct SyncedRelation {
     pub natts: usize,
     /// How conflicts are decided at once.
     pub judged_by: Policies,
-    /// How the arbiter settles them by a later write.
+    /// What becomes of a row whose parent was deleted unseen.
+    pub on_fk: OnFk,
+    /// How the arbiter settles conflicts by a later write.
     pub policies: PolicyLog,
 }
 
@@ -68,6 +71,7 @@ impl SyncedRelation {
             columns: self.columns.iter().map(column).collect(),
             key: self.key.iter().map(|i| self.columns[*i].attnum as u16).collect(),
             policies: self.fixed_policies(),
+            on_fk: self.on_fk,
         }
     }
 
@@ -166,14 +170,15 @@ fn build(relid: pg_sys::Oid) -> Result<Rc<SyncedRelation>> {
     }
     let _superuser = ActingAs::superuser();
     let settings = Spi::connect(|client| -> std::result::Result<_, pgrx::spi::Error> {
-        let query = "select granularity, cells from tandem.synced_table where relid = $1";
+        let query = "select granularity, cells, on_fk from tandem.synced_table where relid = $1";
         let row = client.select(query, Some(1), &[relid.into()])?.first();
         if row.is_empty() {
             return Ok(None);
         }
-        Ok(row.get::<String>(1)?.map(|g| (g, row.get::<pgrx::JsonB>(2).ok().flatten())))
+        let on_fk = row.get::<String>(3)?.unwrap_or_default();
+        Ok(row.get::<String>(1)?.map(|g| (g, row.get::<pgrx::JsonB>(2).ok().flatten(), on_fk)))
     })?;
-    let Some((granularity, cells)) = settings else {
+    let Some((granularity, cells, on_fk)) = settings else {
         let name = relation_name(relid);
         return Err(Error::operator(
             PgSqlErrorCode::ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE,
@@ -182,6 +187,7 @@ fn build(relid: pg_sys::Oid) -> Result<Rc<SyncedRelation>> {
         ));
     };
     let mut relation = describe(relid, &granularity, cells.as_ref().map(|j| &j.0))?;
+    relation.on_fk = on_fk.parse().map_err(|e| Error::bug(format!("on_fk: {e}")))?;
     crate::policy::describe(&mut relation)?;
     relation.descriptor = descriptor_id(&relation)?;
     let relation = Rc::new(relation);
@@ -265,6 +271,7 @@ pub fn describe(relid: pg_sys::Oid, granularity: &str, cells: Option<&serde_json
         cells_attnum,
         natts: tuple_desc.len(),
         judged_by: Policies::default(),
+        on_fk: OnFk::default(),
         policies: PolicyLog::default(),
     })
 }

@@ -29,6 +29,7 @@ fn record(
         constraint_name: None,
         losing,
         winning,
+        rival: None,
         cells: cells.iter().map(|c| c.to_string()).collect(),
         lost: BTreeMap::new(),
         replaced: BTreeMap::new(),

@@ -1,4 +1,5 @@
 //! Table descriptors: what a change refers to, so that it outlives DDL.
+use crate::orphan::OnFk;
 use crate::versions::CellId;
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
@@ -47,6 +48,9 @@ pub struct Descriptor {
     /// How conflicts are decided at once, where not by the later write: what (rows, cells, columns) → policy.
     #[serde(default)]
     pub policies: BTreeMap<String, String>,
+    /// What becomes of a row whose parent was deleted unseen.
+    #[serde(default)]
+    pub on_fk: OnFk,
 }
 
 /// Why two descriptors of one table name don't go together; text for `tandem.tables`.
@@ -87,6 +91,9 @@ impl Descriptor {
                 let (ours, theirs) = (by(self), by(other));
                 return differs(format!("{what} decided by {ours} here and by {theirs} on the peer"));
             }
+        }
+        if self.on_fk != other.on_fk {
+            return differs(format!("on_fk is '{}' here and '{}' on the peer", self.on_fk, other.on_fk));
         }
         Ok(())
     }
@@ -137,6 +144,7 @@ mod tests {
             columns: columns.collect(),
             key: key.to_vec(),
             policies: BTreeMap::new(),
+            on_fk: OnFk::default(),
         }
     }
     fn why(a: &Descriptor, b: &Descriptor) -> String {
@@ -161,6 +169,9 @@ mod tests {
         other.columns[1].type_name = "bigint".into();
         assert_eq!(why(&a, &other), "column \"a\" is text here and bigint on the peer");
         assert_eq!(why(&a, &table(&base, &[1, 2])), "the key is (id) here and (a, id) on the peer");
+        let mut other = table(&base, &[1]);
+        other.on_fk = OnFk::Report;
+        assert_eq!(why(&a, &other), "on_fk is 'revive' here and 'report' on the peer");
         let grouped = table(&[base[0], base[1], ("b", "text", 2)], &[1]);
         assert_eq!(why(&a, &grouped), "(a) is decided as one cell here but not on the peer");
         assert_eq!(why(&grouped, &a), "(a, b) is decided as one cell here but not on the peer");

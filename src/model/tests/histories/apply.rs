@@ -39,7 +39,7 @@ impl Node {
                             let record = serde_json::from_slice(json).map_err(|e| e.to_string())?;
                             self.record(record);
                         }
-                        Item::Truncate { .. } => {}
+                        Item::Truncate { .. } | Item::Policy { .. } => {}
                     }
                 }
                 if !found.is_empty() {
@@ -152,6 +152,7 @@ fn record(key: &[u8], loss: &Loss) -> Record {
         constraint_name: None,
         losing: loss.losing,
         winning: loss.winning,
+        rival: None,
         cells: loss.cells.iter().map(|c| c.to_string()).collect(),
         lost: BTreeMap::new(),
         replaced: BTreeMap::new(),
