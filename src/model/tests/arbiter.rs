@@ -202,7 +202,7 @@ impl World {
             Effect::Missing => panic!("a key is missing"),
             _ => {}
         }
-        taken.iter().for_each(|c| drop(row.values.insert(*c, sent.values[c])));
+        row.values.extend(taken.iter().map(|c| (*c, sent.values[c])));
         (row.hlc, row.versions) = (verdict.hlc, verdict.versions.clone());
         let before = held.unwrap_or_default();
         node.rows.insert(sent.key, row);
