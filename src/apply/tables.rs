@@ -17,7 +17,7 @@ pub enum State {
     MissingHere,
     /// Columns, types or key differ.
     SchemaDiffers,
-    /// The columns are decided in other groups, or foreign keys in another way.
+    /// The columns are decided in other groups or by other policies, or foreign keys in another way.
     PolicyDiffers,
     /// Both held rows when they were added, and not the same ones.
     JoinRequired,
@@ -72,6 +72,7 @@ pub fn compare_shapes(own: &Descriptor, initial: &Initial, peer: &PeerTable) -> 
     let one_cell = |shape: &Descriptor| {
         let mut shape = shape.clone();
         shape.columns.iter_mut().for_each(|c| c.cell = 0);
+        shape.policies.clear();
         shape.on_fk = OnFk::default();
         shape
     };

@@ -17,6 +17,7 @@ pub fn met(table: &str, key: i32, status: Status) -> Record {
         conflict_type: ConflictType::UpdateOriginDiffers,
         constraint_name: None,
         rival: None,
+        overruled: BTreeMap::new(),
         losing,
         winning,
         cells: vec!["a".to_string()],

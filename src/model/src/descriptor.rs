@@ -45,6 +45,9 @@ pub struct Descriptor {
     /// Attribute numbers of the key, in key order.
     #[serde(deserialize_with = "crate::bounded::list")]
     pub key: Vec<u16>,
+    /// How conflicts are decided at once, where not by the later write: what (rows, cells, columns) → policy.
+    #[serde(default)]
+    pub policies: BTreeMap<String, String>,
     /// What becomes of a row whose parent was deleted unseen.
     #[serde(default)]
     pub on_fk: OnFk,
@@ -81,6 +84,13 @@ impl Descriptor {
         }
         if let Some(cell) = theirs.difference(&mine).next() {
             return differs(format!("{} is decided as one cell on the peer but not here", list(cell)));
+        }
+        for what in self.policies.keys().chain(other.policies.keys()) {
+            let by = |shape: &Descriptor| shape.policies.get(what).cloned().unwrap_or("last_update_wins".into());
+            if by(self) != by(other) {
+                let (ours, theirs) = (by(self), by(other));
+                return differs(format!("{what} decided by {ours} here and by {theirs} on the peer"));
+            }
         }
         if self.on_fk != other.on_fk {
             return differs(format!("on_fk is '{}' here and '{}' on the peer", self.on_fk, other.on_fk));
@@ -133,6 +143,7 @@ mod tests {
             table: "t".into(),
             columns: columns.collect(),
             key: key.to_vec(),
+            policies: BTreeMap::new(),
             on_fk: OnFk::default(),
         }
     }
@@ -164,6 +175,10 @@ mod tests {
         let grouped = table(&[base[0], base[1], ("b", "text", 2)], &[1]);
         assert_eq!(why(&a, &grouped), "(a) is decided as one cell here but not on the peer");
         assert_eq!(why(&grouped, &a), "(a, b) is decided as one cell here but not on the peer");
+        let mut other = table(&base, &[1]);
+        other.policies.insert("rows are".into(), "delete_wins".into());
+        assert_eq!(why(&a, &other), "rows are decided by last_update_wins here and by delete_wins on the peer");
+        assert_eq!(why(&other, &a), "rows are decided by delete_wins here and by last_update_wins on the peer");
     }
 
     #[test]
