@@ -6,6 +6,7 @@ use std::collections::BTreeMap;
 use tandem_model::change::{Change, Item, Op};
 use tandem_model::hlc::Hlc;
 use tandem_model::judge::{Effect, Existence, Loss, RowState, Verdict, judge};
+use tandem_model::policy::{Policies, Policy};
 use tandem_model::record::{Decision, Record, Status};
 use tandem_model::versions::CellId;
 use tandem_model::wire::{Frame, items};
@@ -103,7 +104,21 @@ impl Node {
         for cell in change.cells.iter().filter(|c| taken.contains(&c.cell)) {
             row.values.insert(cell.cell, value_of(cell));
         }
+        let before = row.hlc;
         (row.hlc, row.versions) = (verdict.hlc, verdict.versions);
+        match self.rule {
+            Rule::ForgetEnded => row.versions.ended.clear(),
+            Rule::LowHlc => {
+                let versions = row.versions.cells.iter().map(|c| c.1).chain([row.versions.birth, row.versions.dead]);
+                row.hlc = versions.max().unwrap_or_default();
+            }
+            _ => {}
+        }
+        // Under `node_priority` it doesn't fall with a new life either.
+        let new_life = change.op == Op::Insert && !matches!(self.policies.existence, Policy::NodePriority(_));
+        if row.hlc < before && !new_life {
+            return Err(format!("_hlc falls from {before} to {} by {change:?}", row.hlc));
+        }
         if self.rule == Rule::Eager && row.live {
             let mut eager = self.stable;
             eager.peer.1 = Hlc(u64::MAX);
@@ -137,7 +152,11 @@ impl Node {
             let new = change.cells.iter().find(|c| c.cell == id).map(value_of);
             new.is_some() && new == held.and_then(|r| r.values.get(&id).copied())
         };
-        judge(&state, change, &self.stable, &self.policies, &mut same)
+        let mut policies = self.policies.clone();
+        if self.rule == Rule::LaterLife && change.op == Op::Insert {
+            policies.existence = Policies::default().existence;
+        }
+        judge(&state, change, &self.stable, &policies, &mut same)
     }
 }
 

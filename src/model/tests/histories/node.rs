@@ -36,6 +36,14 @@ pub enum Rule {
     NoScan,
     /// The tombstone of a delete keeps what the same transaction updated before.
     LeakyTombstone,
+    /// The nodes judge by different policies: the second by the default.
+    PolicyOfOne,
+    /// Nothing is kept of what a delete had seen that the row outlived.
+    ForgetEnded,
+    /// `_hlc` is that of what shows, whatever lost.
+    LowHlc,
+    /// Of two births the later wins, whatever the policy.
+    LaterLife,
 }
 
 /// A row or a tombstone.
@@ -98,11 +106,12 @@ pub struct Node {
 pub type Check<T = ()> = Result<T, String>;
 
 impl Node {
-    pub fn new(id: u8, peer: u8, rule: Rule) -> Node {
+    pub fn new(id: u8, peer: u8, rule: Rule, policies: &Policies) -> Node {
+        let by_default = rule == Rule::PolicyOfOne && id == 2;
         Node {
             id: NodeId(id),
             rule,
-            policies: Policies::default(),
+            policies: if by_default { Policies::default() } else { policies.clone() },
             clock: Clock::new(),
             skew: 0,
             rows: BTreeMap::new(),
@@ -185,10 +194,7 @@ impl Node {
                 change.cells =
                     cells.iter().map(|&c| w.cell(c, version, row.life, row.values.get(&c).copied())).collect();
             }
-            Op::Delete => {
-                row.versions.dead = version;
-                w.deleted(version, row.life);
-            }
+            Op::Delete => row.versions.end(version),
         }
         for cell in &change.cells {
             row.values.insert(cell.cell, value_of(cell));

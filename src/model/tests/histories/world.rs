@@ -12,7 +12,7 @@ use tandem_model::versions::CellId;
 
 /// Values below `COMMON` are written again and again; the others once.
 pub type Value = u32;
-const COMMON: Value = 3;
+pub const COMMON: Value = 3;
 
 fn bytes(value: Value) -> &'static [u8] {
     static TABLE: OnceLock<Vec<[u8; 4]>> = OnceLock::new();
@@ -47,8 +47,6 @@ pub struct World {
     pub short: bool,
     next_value: Value,
     life_of_value: HashMap<Value, Hlc>,
-    /// True lives of the rows that deletes named, by version of the delete.
-    life_of_delete: HashMap<Hlc, Hlc>,
     pub writes: Vec<Write>,
     by_version: HashMap<Hlc, usize>,
 }
@@ -61,7 +59,6 @@ impl World {
             short: false,
             next_value: COMMON,
             life_of_value: HashMap::new(),
-            life_of_delete: HashMap::new(),
             writes: vec![],
             by_version: HashMap::new(),
         }
@@ -83,23 +80,17 @@ impl World {
         let old = old.map(|v| Some(Bytes::new(bytes(v)))).into_iter().collect();
         CellChange { cell, version, new: vec![Some(Bytes::new(bytes(value)))], old }
     }
-    pub fn deleted(&mut self, version: Hlc, life: Hlc) {
-        self.life_of_delete.insert(version, life);
-    }
-    pub fn committed(&mut self, node: NodeId, position: Position, knew: Position, change: &Change<'_>) {
-        let mut write = Write {
+    /// A net change, and the true life that it belongs to.
+    pub fn committed(&mut self, node: NodeId, position: Position, knew: Position, life: Hlc, change: &Change<'_>) {
+        let write = Write {
             node,
             key: self.key_of(change),
             op: change.op,
             version: change.version,
             position,
             knew,
-            life: Hlc(0),
+            life,
             cells: change.cells.iter().map(|c| (c.cell, c.version, value_of(c))).collect(),
-        };
-        write.life = match change.op {
-            Op::Delete => self.life_of_delete.get(&change.version).copied().unwrap_or_default(),
-            _ => write.cells.iter().find_map(|c| self.life_of_value.get(&c.2).copied()).unwrap_or_default(),
         };
         for version in write.cells.iter().map(|c| c.1).chain([change.version, change.life]) {
             if version.node() == node {
