@@ -8,6 +8,7 @@
 mod bounded;
 pub mod change;
 mod clock;
+pub mod counter;
 pub mod descriptor;
 pub mod hlc;
 pub mod judge;

@@ -25,8 +25,10 @@ fn row(existence: Existence, hlc: Hlc, versions: Versions) -> RowState {
     RowState { existence, hlc, versions }
 }
 fn change(op: Op, life: Hlc, cells: &[(u16, Hlc)], base: Versions) -> Change<'static> {
-    let cells: Vec<_> =
-        cells.iter().map(|&(cell, version)| CellChange { cell, version, new: vec![None], old: vec![] }).collect();
+    let cells: Vec<_> = cells
+        .iter()
+        .map(|&(cell, version)| CellChange { cell, version, new: vec![None], old: vec![], delta: None })
+        .collect();
     let version = cells.iter().map(|c| c.version).max().unwrap_or(life);
     Change { descriptor: 1, op, key: vec![Some(Bytes::new(b"k"))], version, life, base, cells, moved: None }
 }

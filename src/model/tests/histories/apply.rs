@@ -1,6 +1,6 @@
 //! The receiving side: a frame at a time, judged, executed, and judged again.
 use crate::node::{Check, Key, Node, Rule};
-use crate::world::{World, value_of};
+use crate::world::{World, counted, parse, value_of};
 use serde_bytes::Bytes;
 use std::collections::BTreeMap;
 use tandem_model::change::{Change, Item, Op};
@@ -73,6 +73,9 @@ impl Node {
             change.life = row.versions.birth;
             change.op = if change.op == Op::Insert { Op::Update } else { change.op };
         }
+        if self.rule == Rule::DeltasAreValues {
+            change.cells.iter_mut().for_each(|c| c.delta = None);
+        }
         let verdict = self.judge(key, &change);
         if verdict.effect == Effect::Missing {
             return Err(format!("a key is missing: {change:?}"));
@@ -102,7 +105,17 @@ impl Node {
             Effect::Keep | Effect::Restamp | Effect::Missing => vec![],
         };
         for cell in change.cells.iter().filter(|c| taken.contains(&c.cell)) {
-            row.values.insert(cell.cell, value_of(cell));
+            let added = |a: &str, b: &str| Ok::<_, String>((parse(a) + parse(b)).to_string());
+            let value = match verdict.versions.counter(cell.cell) {
+                Some(counter) => counted(parse(&counter.value(added)?)),
+                None => value_of(cell),
+            };
+            row.values.insert(cell.cell, value);
+            match cell.delta {
+                None => drop(row.bases.insert(cell.cell, cell.version)),
+                Some(delta) if delta.sets => drop(row.bases.insert(cell.cell, delta.base)),
+                Some(_) => {}
+            }
         }
         let before = row.hlc;
         (row.hlc, row.versions) = (verdict.hlc, verdict.versions);

@@ -2,6 +2,7 @@
 //!
 //! `TANDEM_MODEL_HISTORIES` sets how many; a failure names its seed, `TANDEM_MODEL_SEED` runs one alone.
 mod apply;
+mod counters;
 mod node;
 mod pairs;
 mod policies;
@@ -53,6 +54,7 @@ fn run(seed: u64, rule: Rule, policies: &Policies) -> Check<usize> {
     w.same_records([a, b])?;
     w.no_silent_loss(a)?;
     w.policies_hold(a)?;
+    w.counters_add_up(a)?;
     // What an aborted transaction held back needs one more position on each side.
     nodes.iter_mut().for_each(|n| n.heartbeat(&w));
     for _ in 0..3 {

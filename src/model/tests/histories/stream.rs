@@ -8,6 +8,7 @@ use serde_bytes::Bytes;
 use tandem_model::change::{Item, Op};
 use tandem_model::hlc::{Hlc, Mark, Position};
 use tandem_model::net::net;
+use tandem_model::policy::Policy;
 use tandem_model::wire::{Frame, push_item};
 
 impl Node {
@@ -51,8 +52,8 @@ impl Node {
         for change in &changes {
             let key = w.key_of(change);
             let of = if change.op == Op::Delete { tx.before[&key].as_ref() } else { self.rows.get(&key) };
-            let life = of.map(|row| row.life).unwrap_or_default();
-            w.committed(self.id, mark.position, tx.knew[&key], life, change);
+            let counts = |c| self.policies.cell(c) == &Policy::Counter;
+            w.committed(self.id, mark.position, tx.knew[&key], change, of, counts);
         }
         for (key, before) in tx.before {
             // The tombstones that `net` wants: see its table.
