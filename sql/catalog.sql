@@ -1,4 +1,4 @@
--- The catalog. What pg_dump keeps: node, peer, synced_table, conflict. What lives and dies with this
+-- The catalog. What pg_dump keeps: node, peer, synced_table, policy, conflict. What lives and dies with this
 -- server: descriptors, journal, progress, tombstones, held changes.
 
 create table node (
@@ -37,6 +37,8 @@ create table synced_table (
     granularity text not null check (granularity in ('column', 'row', 'cells')),
     -- groups of columns that are decided as one, [["city","zip"],["lat","lon"]]
     cells jsonb,
+    -- what becomes of a row whose parent was deleted unseen
+    on_fk text not null default 'revive' check (on_fk in ('revive', 'cascade', 'report')),
     -- content at add_table: rows of version 0, and an order-independent digest of them
     initial_rows int8 not null,
     initial_digest numeric not null,
@@ -125,6 +127,53 @@ create table tombstone (
 ) with (autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 2000, autovacuum_vacuum_cost_delay = 0);
 create index on tombstone (hlc);
 comment on table tombstone is 'deleted rows, remembered until the deletion is known and settled on both nodes';
+
+-- Columns as in tombstone: a row that comes and goes is stored alike.
+create table displaced (
+    relid oid not null,
+    key bytea not null,
+    hlc hlc not null,
+    cells cells not null,
+    image bytea not null,
+    descriptor int4 not null,
+    waits_for text not null check (waits_for in ('place', 'parent', 'check')),
+    constraint_name text not null,
+    since timestamptz not null,
+    primary key (relid, key)
+);
+comment on table displaced is 'rows that are alive and cannot show, because a constraint forbids it; they come back by themselves once it does not';
+
+-- The policy log: entries of the arbiter (the node with the lower id), wishes of the other one.
+create table policy (
+    -- in force from here on; of a wish, its name
+    version hlc primary key,
+    relid regclass not null,
+    -- empty: the whole table
+    columns text[] not null,
+    -- the same by number: what a renamed column is found by
+    attnums int2[] not null,
+    conflict_type text,
+    policy text not null,
+    -- entries before this one are void: the table was taken out of sync by the arbiter
+    reset bool not null,
+    -- the wish that this one answers
+    wish hlc not null,
+    -- why the wish was not granted
+    refused text,
+    set_by text not null,
+    set_at timestamptz not null
+);
+create index on policy (relid);
+comment on table policy is 'how conflicts are decided, from which version on; look at it through tandem.policies';
+
+create table reinstated (
+    version hlc not null,
+    cell int4 not null,
+    -- the write whose value was written again
+    original hlc not null,
+    primary key (version, cell)
+);
+comment on table reinstated is 'writes of first_update_wins that stand for an earlier one, until both nodes have them';
 
 create table held (
     ordinal int8 generated always as identity primary key,

@@ -16,6 +16,7 @@ select p.name as peer,
        (select sum(pg_catalog.pg_total_relation_size(c.oid))::int8 from pg_catalog.pg_class c
         where c.relnamespace = 'tandem'::regnamespace and c.relkind = 'r' and c.relname ~ '^journal_') as journal_bytes,
        pg_catalog.pg_total_relation_size('tandem.tombstone') as tombstone_bytes,
+       (select count(*) from tandem.displaced) as displaced,
        (select count(*) from tandem.held h where h.peer = p.name) as held,
        (select count(*) from tandem.conflict c where c.status = 'open') as open_conflicts,
        pg_catalog.pg_total_relation_size('tandem.conflict') as history_bytes
@@ -25,13 +26,20 @@ left join lateral (
     select s.last_error, s.last_error_sqlstate as sqlstate, s.last_error_class as error_class, s.last_error_at
     where s.state <> 'streaming') e on true;
 
+create view policies as
+select p.relid as relation, nullif(p.columns, '{}') as columns, p.conflict_type, p.policy, s.state, p.refused as reason,
+       p.version, p.set_by, p.set_at
+from tandem.policy p left join tandem.policy_states() s on s.version operator(tandem.=) p.version
+where not p.reset;
+
 create view tables as
-select c.oid::regclass as relation, t.schema_name, t.table_name, t.state, t.reason, s.granularity, s.cells,
-       'last_update_wins'::text as policy,
+select c.oid::regclass as relation, t.schema_name, t.table_name, t.state, t.reason, s.granularity, s.cells, s.on_fk,
+       coalesce(p.policy, 'last_update_wins') as policy,
        s.initial_rows,
        (select count(*) from tandem.held h
         where h.schema_name = t.schema_name and h.table_name = t.table_name) as held,
        (select count(*) from tandem.tombstone d where d.relid = s.relid) as tombstones,
+       (select count(*) from tandem.displaced d where d.relid = s.relid) as displaced,
        (select count(*) from tandem.conflict f
         where f.schema_name = t.schema_name and f.table_name = t.table_name) as conflicts,
        (select count(*) from tandem.conflict f
@@ -40,7 +48,11 @@ select c.oid::regclass as relation, t.schema_name, t.table_name, t.state, t.reas
 from tandem.table_states() t
 left join pg_catalog.pg_namespace n on n.nspname = t.schema_name
 left join pg_catalog.pg_class c on c.relnamespace = n.oid and c.relname = t.table_name
-left join tandem.synced_table s on s.relid = c.oid;
+left join tandem.synced_table s on s.relid = c.oid
+left join lateral (
+    select string_agg(coalesce(array_to_string(p.columns, ', ') || ': ', '') || p.policy || coalesce(' on ' || p.conflict_type, ''),
+                      '; ' order by p.columns is not null, p.columns, p.version) as policy
+    from tandem.policies p where p.relation = s.relid and p.state = 'in force') p on true;
 
 -- A security barrier: a table's owner sees that table's conflicts, readers and administrators see all.
 create view conflicts with (security_barrier) as
@@ -139,6 +151,10 @@ begin
     if found then
         delete from tandem.tombstone t using pg_event_trigger_dropped_objects() d
         where d.classid = 'pg_class'::regclass and d.objsubid = 0 and t.relid = d.objid;
+        delete from tandem.displaced t using pg_event_trigger_dropped_objects() d
+        where d.classid = 'pg_class'::regclass and d.objsubid = 0 and t.relid = d.objid;
+        delete from tandem.policy p using pg_event_trigger_dropped_objects() d
+        where d.classid = 'pg_class'::regclass and d.objsubid = 0 and p.relid = d.objid;
     end if;
 end $$;
 create event trigger tandem_forget_dropped on sql_drop when tag in ('DROP TABLE', 'DROP SCHEMA', 'DROP OWNED')
@@ -149,6 +165,7 @@ create event trigger tandem_forget_dropped on sql_drop when tag in ('DROP TABLE'
 select pg_catalog.pg_extension_config_dump('node', '');
 select pg_catalog.pg_extension_config_dump('peer', '');
 select pg_catalog.pg_extension_config_dump('synced_table', '');
+select pg_catalog.pg_extension_config_dump('policy', '');
 select pg_catalog.pg_extension_config_dump('conflict', '');
 
 -- Rights --------------------------------------------------------------------------------------------
@@ -183,17 +200,18 @@ grant select on conflicts, open_conflicts, stat_conflicts to public;
 
 grant execute on function
     "check"(), create_node(text, int4), accept_skew(),
-    add_table(regclass, text, jsonb), add_tables_in_schema(text), remove_table(regclass),
+    add_table(regclass, text, jsonb, text), add_tables_in_schema(text), remove_table(regclass),
+    set_policy(regclass, text, text[], text, text),
     add_peer(text, text), remove_peer(text), pause(), resume(), skip(text),
     stagger_sequence(regclass), stamp(), stamp_delete(), capture(), capture_truncate(),
-    peer_status(), table_states()
+    peer_status(), table_states(), policy_states()
 to tandem_admin;
-grant select on status, tables, node, synced_table, peer_table, skipped, conflict, incarnation to tandem_admin;
+grant select on status, tables, policies, policy, node, synced_table, peer_table, skipped, conflict, incarnation to tandem_admin;
 -- All but the connection string, which may hold a password.
 grant select (name, paused, node_id, node_name, nonce, skip_position, added_at) on peer to tandem_admin;
 
-grant execute on function "check"(), peer_status(), table_states() to tandem_reader;
-grant select on status, tables, node to tandem_reader;
+grant execute on function "check"(), peer_status(), table_states(), policy_states() to tandem_reader;
+grant select on status, tables, policies, node to tandem_reader;
 
 -- Comments ------------------------------------------------------------------------------------------
 
@@ -208,9 +226,14 @@ comment on column status.applied is 'position in the peer''s stream up to which 
 comment on column status.acknowledged is 'position in this node''s stream up to which the peer has it for good';
 comment on column status.error_class is 'retry: goes away by itself; operator: waits for a person; bug';
 comment on column status.blocked_by is 'pid of a session that holds a lock the applying waits for';
+comment on column status.displaced is 'rows that are alive and cannot show because of a constraint';
 comment on column status.held is 'changes of the peer that wait until their table can take them';
 comment on view tables is 'one row per table that either side keeps in sync: how it is kept, and how it stands with the peer''s';
 comment on column tables.state is 'active, missing_on_peer, missing_here, schema_differs, policy_differs or join_required';
+comment on column tables.policy is 'how conflicts are decided: of the table, then of columns and types of conflict; see tandem.policies';
+comment on view policies is 'the policy log: how conflicts are decided, from which version on, on both nodes alike';
+comment on column policies.columns is 'the columns that it is about; NULL: the whole table';
+comment on column policies.state is 'in force; pending: the other node has not answered; refused: the reason says why; superseded';
 comment on view conflicts is 'one row per losing write, the same on both nodes; local is this node, remote the peer. '
     'A NULL for a tuple says that there was no row, or that it is not on record';
 comment on column conflicts.cells is 'the cells that were lost; empty: the row as a whole';
@@ -225,10 +248,13 @@ comment on view stat_conflicts is 'number of conflicts per table and type';
 comment on function "check"() is 'preflight: what stands in the way of keeping this database in sync';
 comment on function create_node(text, int4) is 'makes this database a node: its name, and an id from 1 to 63 that the peer must not have';
 comment on function accept_skew() is 'believes the wall clock as it is, after a jump that has been looked into';
-comment on function add_table(regclass, text, jsonb) is
-    'keeps a table in sync from now on; granularity ''column'' or ''row'', or cells: groups of columns that are decided as one';
+comment on function add_table(regclass, text, jsonb, text) is
+    'keeps a table in sync from now on; granularity ''column'' or ''row'', or cells: groups of columns that are decided as one; '
+    'on_fk: what becomes of a row whose parent was deleted unseen: ''revive'' the parent, ''cascade'' to the row, or ''report'' it and let it wait';
 comment on function add_tables_in_schema(text) is 'adds every table of a schema that can be kept in sync; returns those that were added';
 comment on function remove_table(regclass) is 'stops keeping a table in sync and drops what Tandem added to it; its rows stay';
+comment on function set_policy(regclass, text, text[], text, text) is
+    'decides conflicts of a table, of some columns or of one type by another policy from now on, on both nodes; ''in force'', or ''pending'' until the other node has written it';
 comment on function add_peer(text, text) is 'names the other database and how to reach it, and starts the exchange; for superusers';
 comment on function remove_peer(text) is 'ends the exchange with the other database';
 comment on function pause() is 'stops applying the peer''s changes here until resume(); survives a restart';
@@ -244,6 +270,7 @@ comment on function show_conflict(uuid) is 'a conflict as text: base, local, rem
 comment on function last_position() is 'position of this session''s last commit that changed synced tables';
 comment on function wait_for("position", interval) is 'waits until everything up to a position of either node shows here; false at the timeout';
 comment on function wait_for_peer(interval) is 'waits until everything committed here so far shows on the peer; false at the timeout';
+comment on function policy_states() is 'where each entry of the policy log stands';
 comment on function table_states() is 'how each synced table stands with the peer''s';
 comment on function table_advice(regclass) is 'warnings about one synced table';
 comment on function check_server() is 'the part of tandem.check() about the server';

@@ -20,6 +20,9 @@ pub static PEER_TIMEOUT: GucSetting<i32> = GucSetting::<i32>::new(15_000);
 /// How long (ms) a request waits at the peer for a commit.
 pub static POLL_INTERVAL: GucSetting<i32> = GucSetting::<i32>::new(5_000);
 
+/// How long (ms) a handler of conflicts may run.
+pub static HANDLER_TIMEOUT: GucSetting<i32> = GucSetting::<i32>::new(1_000);
+
 /// Registers the settings; called once from `_PG_init`.
 pub fn init() {
     let ms = GucFlags::UNIT_MS;
@@ -41,6 +44,15 @@ pub fn init() {
         c"How long applying waits for a lock before it gives way and tries again.",
         c"Keep it below deadlock_timeout: then a local user is never the victim.",
         &APPLY_LOCK_TIMEOUT,
+        1,
+        60_000,
+        ms,
+    );
+    int(
+        c"tandem.handler_timeout",
+        c"How long a handler of conflicts may run.",
+        c"Beyond it the conflict is left open: applying goes on.",
+        &HANDLER_TIMEOUT,
         1,
         60_000,
         ms,

@@ -30,7 +30,9 @@
 //! | [`clock`] | versions and positions: never twice, never behind what was seen |
 //! | [`registry`] | open and committing transactions: the horizon and the low mark |
 //! | [`relation`], [`value`] | what a synced table looks like, and how its values travel |
-//! | [`capture`], [`journal`], [`tombstone`] | from a row trigger to the stream |
+//! | [`policy`] | the policy log: which policy was in force at which version |
+//! | [`capture`], [`journal`] | from a row trigger to the stream |
+//! | [`stash`], [`tombstone`], [`displaced`] | rows that don't show: dead, or alive without a place |
 //! | [`exchange`] | supervisor, one worker per peer, libpq, the serving side |
 //! | [`apply`] | from the stream into tables, conflicts on record |
 //! | [`api`] | the SQL functions of schema `tandem`, a few lines each |
@@ -49,15 +51,18 @@ mod api;
 mod apply;
 mod capture;
 mod clock;
+mod displaced;
 mod error;
 mod exchange;
 mod guc;
 mod journal;
 mod pg;
+mod policy;
 mod recovery;
 mod registry;
 mod relation;
 mod shmem;
+mod stash;
 mod tombstone;
 mod types;
 mod value;

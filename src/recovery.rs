@@ -33,7 +33,8 @@ const RECOVER: &str = "
            (select max(\"position\")::int8 from tandem.journal_0),
            (select max(\"position\")::int8 from tandem.journal_1),
            (select max(\"position\")::int8 from tandem.journal_2),
-           (select max(\"position\")::int8 from tandem.journal_3)";
+           (select max(\"position\")::int8 from tandem.journal_3),
+           (select count(*) from (select from tandem.displaced limit 1) d)";
 
 /// Fills a database's entry. Safe to run in several sessions at once: every field only rises.
 pub fn load(database: &Database) {
@@ -46,9 +47,9 @@ pub fn load(database: &Database) {
         .raise();
     }
     let _superuser = ActingAs::superuser();
-    let row = Spi::connect(|client| -> Result<[Option<i64>; 14], pgrx::spi::Error> {
+    let row = Spi::connect(|client| -> Result<[Option<i64>; 15], pgrx::spi::Error> {
         let table = client.select(RECOVER, Some(1), &[])?.first();
-        let mut row = [None; 14];
+        let mut row = [None; 15];
         row[0] = table.get::<i32>(1)?.map(i64::from);
         for (i, field) in row.iter_mut().enumerate().skip(1) {
             *field = table.get::<i64>(i + 1)?;
@@ -56,7 +57,7 @@ pub fn load(database: &Database) {
         Ok(row)
     });
     let row = row.unwrap_or_else(|e| Error::from(e).raise());
-    let [node, reserved, stable_own, stable_peer, acked, seen, seen_low, applied, last, peer, segments @ ..] =
+    let [node, reserved, stable_own, stable_peer, acked, seen, seen_low, applied, last, peer, segments @ .., displaced] =
         row.map(|v| v.unwrap_or(0) as u64);
     let clock = &shmem::region().clock;
     for floor in [reserved, last, stable_own] {
@@ -76,6 +77,7 @@ pub fn load(database: &Database) {
     for (held, last) in database.segment_last.iter().zip(segments) {
         held.fetch_max(last, AcqRel);
     }
+    database.has_displaced.fetch_or(displaced != 0, AcqRel);
     // The segment that was written last goes on being written.
     let newest = (0u32..).zip(segments).max_by_key(|(_, last)| *last).map_or(0, |(number, _)| number);
     let _ = database.segment.compare_exchange(0, newest, AcqRel, Acquire);

@@ -10,6 +10,8 @@ use std::collections::HashMap;
 use std::ffi::CStr;
 use std::rc::Rc;
 use tandem_model::descriptor::{ColumnShape, Descriptor, DescriptorId, Transport};
+use tandem_model::orphan::OnFk;
+use tandem_model::policy_log::PolicyLog;
 use tandem_model::versions::CellId;
 
 /// A column that is kept in sync.
@@ -42,6 +44,10 @@ pub struct SyncedRelation {
     pub hlc_attnum: i16,
     pub cells_attnum: i16,
     pub natts: usize,
+    /// What becomes of a row whose parent was deleted unseen.
+    pub on_fk: OnFk,
+    /// How its conflicts are decided.
+    pub policies: PolicyLog,
 }
 
 impl SyncedRelation {
@@ -61,6 +67,7 @@ impl SyncedRelation {
             table: self.table.clone(),
             columns: self.columns.iter().map(column).collect(),
             key: self.key.iter().map(|i| self.columns[*i].attnum as u16).collect(),
+            on_fk: self.on_fk,
         }
     }
 
@@ -141,14 +148,15 @@ fn build(relid: pg_sys::Oid) -> Result<Rc<SyncedRelation>> {
     }
     let _superuser = ActingAs::superuser();
     let settings = Spi::connect(|client| -> std::result::Result<_, pgrx::spi::Error> {
-        let query = "select granularity, cells from tandem.synced_table where relid = $1";
+        let query = "select granularity, cells, on_fk from tandem.synced_table where relid = $1";
         let row = client.select(query, Some(1), &[relid.into()])?.first();
         if row.is_empty() {
             return Ok(None);
         }
-        Ok(row.get::<String>(1)?.map(|g| (g, row.get::<pgrx::JsonB>(2).ok().flatten())))
+        let on_fk = row.get::<String>(3)?.unwrap_or_default();
+        Ok(row.get::<String>(1)?.map(|g| (g, row.get::<pgrx::JsonB>(2).ok().flatten(), on_fk)))
     })?;
-    let Some((granularity, cells)) = settings else {
+    let Some((granularity, cells, on_fk)) = settings else {
         let name = relation_name(relid);
         return Err(Error::operator(
             PgSqlErrorCode::ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE,
@@ -157,7 +165,9 @@ fn build(relid: pg_sys::Oid) -> Result<Rc<SyncedRelation>> {
         ));
     };
     let mut relation = describe(relid, &granularity, cells.as_ref().map(|j| &j.0))?;
+    relation.on_fk = on_fk.parse().map_err(|e| Error::bug(format!("on_fk: {e}")))?;
     relation.descriptor = descriptor_id(&relation)?;
+    relation.policies = crate::policy::of_table(relid)?;
     let relation = Rc::new(relation);
     CACHE.with_borrow_mut(|cache| cache.insert(relid, relation.clone()));
     Ok(relation)
@@ -238,6 +248,8 @@ pub fn describe(relid: pg_sys::Oid, granularity: &str, cells: Option<&serde_json
         hlc_attnum,
         cells_attnum,
         natts: tuple_desc.len(),
+        on_fk: OnFk::default(),
+        policies: PolicyLog::default(),
     })
 }
 

@@ -65,6 +65,8 @@ pub struct Database {
     pub segment_last: [AtomicU64; crate::journal::SEGMENTS as usize],
     /// Counts changes of the extension's own catalog that the worker should notice.
     pub catalog_generation: AtomicU64,
+    /// A row of this database may be displaced.
+    pub has_displaced: AtomicBool,
     /// Sessions that wait for the peer to acknowledge a position.
     pub peer_waiters: AtomicU32,
     pub worker: crate::exchange::WorkerStatus,
@@ -370,6 +372,7 @@ impl Database {
         self.segment.store(0, Release);
         self.segment_last.iter().for_each(|last| last.store(0, Release));
         self.worker.announced_stable.store(0, Release);
+        self.has_displaced.store(false, Release);
         self.loaded.store(false, Release);
     }
 }

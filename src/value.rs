@@ -323,6 +323,12 @@ pub fn decode_as(type_name: &str, transport: Transport, column: &Column, bytes: 
     output_text(&codec, datum, |text| input_text(&column.codec, column.typmod, text))
 }
 
+/// A value of one column as a value of another, through text.
+pub fn convert(from: &Column, datum: pg_sys::Datum, to: &Column) -> Option<pg_sys::Datum> {
+    let _pinned = pinned();
+    Some(output_text(&from.codec, datum, |text| input_text(&to.codec, to.typmod, text)))
+}
+
 /// The value as a JSON literal: numbers, booleans and JSON as they are, all else as text.
 pub fn to_json(column: &Column, datum: Option<pg_sys::Datum>) -> String {
     let Some(datum) = datum else { return "null".to_string() };
@@ -426,6 +432,20 @@ pub fn decode_image(bytes: &[u8]) -> Result<Vec<(u16, Option<Vec<u8>>)>> {
             Err(_) => (None, tail),
         };
         values.push((attnum, value));
+        rest = tail;
+    }
+    Ok(values)
+}
+
+/// The inverse of [`encode_key`], for keys without NULLs. Errors on bytes that it did not write.
+pub fn decode_key(bytes: &[u8]) -> Result<Vec<Vec<u8>>> {
+    let broken = || Error::bug("a stored key cannot be read");
+    let mut rest = bytes;
+    let mut values = Vec::new();
+    while !rest.is_empty() {
+        let (length, tail) = rest.split_first_chunk::<4>().ok_or_else(broken)?;
+        let (value, tail) = tail.split_at_checked(u32::from_be_bytes(*length) as usize).ok_or_else(broken)?;
+        values.push(value.to_vec());
         rest = tail;
     }
     Ok(values)

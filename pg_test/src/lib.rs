@@ -18,6 +18,7 @@
 pub mod client;
 pub mod cluster;
 pub mod conflict;
+pub mod ledger;
 pub mod node;
 pub mod pair;
 pub mod postgres;

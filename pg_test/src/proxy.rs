@@ -179,6 +179,16 @@ impl Shared {
     }
 
     fn serve(self: Arc<Self>, client: TcpStream, server: SocketAddr) {
+        let dead = Arc::new(AtomicBool::new(false));
+        // A line that carries no request carries no SYN either. It matters: a connection that says nothing, opened
+        // while the server shuts down, keeps Postgres before 18 from ending for all of authentication_timeout.
+        loop {
+            match self.turn(Direction::ToServer, &dead) {
+                Turn::Pass => break,
+                Turn::Hold => thread::sleep(TICK),
+                Turn::Reset => return reset(&client),
+            }
+        }
         let Ok(server) = TcpStream::connect(server) else {
             return reset(&client);
         };
@@ -187,7 +197,6 @@ impl Shared {
             return;
         };
         self.open.fetch_add(1, Ordering::Relaxed);
-        let dead = Arc::new(AtomicBool::new(false));
         let (back, dead_too) = (Arc::clone(&self), Arc::clone(&dead));
         let answers = thread::spawn(move || back.pump(&other_server, &other_client, Direction::ToClient, &dead_too));
         self.pump(&client, &server, Direction::ToServer, &dead);

@@ -149,6 +149,7 @@ fn s67_fast_shutdown_is_fast() {
         let start = Instant::now();
         node.cluster.stop(Stop::Fast);
         let took = start.elapsed();
+        eprintln!("{} took {took:?} to stop while {doing}", node.name);
         assert!(took < LIMIT, "{} took {took:?} to stop while {doing}", node.name);
         node.cluster.start();
     };

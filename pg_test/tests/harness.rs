@@ -127,6 +127,23 @@ fn a_line_passes_stalls_and_heals() {
 }
 
 #[test]
+fn a_line_that_carries_no_request_opens_no_connection() {
+    let server = TcpListener::bind("127.0.0.1:0").expect("a free port");
+    server.set_nonblocking(true).expect("it can");
+    let proxy = Proxy::start(0, server.local_addr().expect("bound").port());
+    for line in [Line::Stalled, Line::OnlyToClient, Line::Blackhole] {
+        proxy.set(line);
+        let mut stream = TcpStream::connect(("127.0.0.1", proxy.port())).expect("it listens");
+        assert!(!answered(&mut stream, SHORT).expect("not closed"), "{line:?}");
+        assert!(server.accept().is_err(), "the server was reached: {line:?}");
+        proxy.heal();
+        if line != Line::Blackhole {
+            until_true("the server to be reached", || server.accept().is_ok());
+        }
+    }
+}
+
+#[test]
 fn a_cut_line_resets_and_refuses() {
     let proxy = Proxy::start(0, echo());
     let mut stream = TcpStream::connect(("127.0.0.1", proxy.port())).expect("it listens");

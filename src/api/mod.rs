@@ -9,6 +9,7 @@ mod conflict;
 mod digest;
 mod node;
 mod peer;
+mod policy;
 mod sequence;
 mod table;
 mod table_state;

@@ -6,14 +6,20 @@ use crate::relation::{self, SyncedRelation};
 use pgrx::prelude::*;
 use pgrx::spi::{quote_identifier, quote_qualified_identifier};
 use pgrx::{JsonB, PgRelation};
+use tandem_model::orphan::OnFk;
 
 /// Adds a table: its rows of today count as version 0, its changes are captured from this commit on.
 #[pg_extern]
-fn add_table(rel: PgRelation, granularity: default!(&str, "'column'"), cells: default!(Option<JsonB>, "null")) {
+fn add_table(
+    rel: PgRelation,
+    granularity: default!(&str, "'column'"),
+    cells: default!(Option<JsonB>, "null"),
+    on_fk: default!(&str, "'revive'"),
+) {
     let relid = rel.oid();
     // ALTER TABLE refuses a table that this session holds open.
     drop(rel);
-    answer(add(relid, granularity, cells.as_ref()));
+    answer(add(relid, granularity, cells.as_ref(), on_fk));
     advice::about(relid);
     crate::shmem::entry().bump_generation();
 }
@@ -41,8 +47,15 @@ const TRIGGERS: [(&str, &str, &str); 4] = [
     ("!tandem_truncate", "after truncate on {} for each statement", "capture_truncate"),
 ];
 
-fn add(relid: pg_sys::Oid, granularity: &str, cells: Option<&JsonB>) -> Result<()> {
+fn add(relid: pg_sys::Oid, granularity: &str, cells: Option<&JsonB>, on_fk: &str) -> Result<()> {
     node::require()?;
+    let on_fk: OnFk = on_fk.parse().map_err(|_| {
+        Error::operator(
+            PgSqlErrorCode::ERRCODE_INVALID_PARAMETER_VALUE,
+            format!("on_fk \"{on_fk}\" is not known"),
+            "It is 'revive' (the parent lives again), 'cascade' (the row is deleted) or 'report' (the row waits).",
+        )
+    })?;
     require_read_committed()?;
     let granularity = match cells {
         Some(_) => "cells",
@@ -66,14 +79,15 @@ fn add(relid: pg_sys::Oid, granularity: &str, cells: Option<&JsonB>) -> Result<(
     install(&name)?;
     let _catalog = ActingAs::superuser();
     Spi::run_with_args(
-        "insert into tandem.synced_table (relid, granularity, cells, initial_rows, initial_digest)
-         values ($1, $2, $3, $4, $5)",
+        "insert into tandem.synced_table (relid, granularity, cells, initial_rows, initial_digest, on_fk)
+         values ($1, $2, $3, $4, $5, $6)",
         &[
             relid.into(),
             granularity.into(),
             cells.map(|c| JsonB(c.0.clone())).into(),
             content.rows.into(),
             content.sum.into(),
+            on_fk.name().into(),
         ],
     )?;
     Ok(())
@@ -97,7 +111,7 @@ fn add_schema(schema: &str) -> Result<Vec<pg_sys::Oid>> {
     node::require()?;
     let mut added = Vec::new();
     for relid in candidates(schema)? {
-        match add(relid, "column", None) {
+        match add(relid, "column", None, OnFk::default().name()) {
             Ok(()) => added.push(relid),
             Err(e) => advice::warn(&format!("skipped: {}", e.message), e.hint.as_deref()),
         }
@@ -140,6 +154,8 @@ fn remove(relid: pg_sys::Oid, name: &str) -> Result<()> {
             "SELECT * FROM tandem.tables; shows those that are.",
         ));
     }
+    let removed_by = Spi::get_one::<String>("select session_user::text")?.unwrap_or_default();
+    crate::policy::reset(relid, &removed_by)?;
     for (trigger, ..) in TRIGGERS {
         Spi::run(&format!("drop trigger if exists {} on {name}", quote_identifier(trigger)))?;
     }
@@ -149,6 +165,7 @@ fn remove(relid: pg_sys::Oid, name: &str) -> Result<()> {
         "delete from tandem.held h using pg_class c, pg_namespace n
          where c.oid = $1 and n.oid = c.relnamespace and h.schema_name = n.nspname and h.table_name = c.relname",
         "delete from tandem.tombstone where relid = $1",
+        "delete from tandem.displaced where relid = $1",
         "delete from tandem.synced_table where relid = $1",
     ] {
         Spi::run_with_args(forget, &[relid.into()])?;

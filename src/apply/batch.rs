@@ -1,17 +1,19 @@
 //! One local transaction: several source transactions in stream order, their ends checked one by one, then
 //! the records, the progress row, and the commit.
 use super::body::Transaction;
+use super::careful::{self, Careful};
 use super::held::{self, Held};
 use super::progress::State;
 use super::report;
 use super::route::Route;
-use super::row::{self, Parked, Work};
+use super::row::{self, Work};
 use super::table::Table;
-use super::{Applier, Target, conflict, constraints, later, session, tables, truncate};
+use super::{Applier, Target, arbiter, conflict, constraints, later, session, tables, truncate};
 use crate::capture;
 use crate::clock;
 use crate::error::{self, Error, Result};
 use crate::pg::identity::ActingAs;
+use crate::policy;
 use crate::relation::SyncedRelation;
 use pgrx::prelude::*;
 use serde_bytes::Bytes;
@@ -27,12 +29,12 @@ use tandem_model::wire;
 const LONGEST_COMMIT: Duration = Duration::from_millis(20);
 
 /// A local transaction in the making. What it says of progress counts only once it is committed.
-struct Batch<'a> {
+pub(super) struct Batch<'a> {
     applier: &'a mut Applier,
     state: State,
     newly_held: Vec<u32>,
-    tables: HashMap<pg_sys::Oid, Table>,
-    work: Work,
+    pub(super) tables: HashMap<pg_sys::Oid, Table>,
+    pub(super) work: Work,
 }
 
 /// Where a change goes.
@@ -54,9 +56,13 @@ impl Applier {
                 for transaction in rest.iter_mut() {
                     batch.transaction(transaction)?;
                     count += 1;
-                    if started.elapsed() > LONGEST_COMMIT {
+                    // A write of ours is one of a commit by itself: what comes after it had not seen it.
+                    if batch.work.writes_own || started.elapsed() > LONGEST_COMMIT || session::is_waited_for() {
                         break;
                     }
+                    // Users know in which order their transactions lock rows, not how ours follow each other: from
+                    // the second one on a wait may be half of a deadlock. Each by itself waits as long as it may.
+                    session::wait_briefly();
                 }
                 batch.finish()
             })
@@ -67,7 +73,7 @@ impl Applier {
         Ok(())
     }
 
-    fn committed(&mut self, state: State, newly_held: Vec<u32>) {
+    pub(super) fn committed(&mut self, state: State, newly_held: Vec<u32>) {
         self.state = state;
         self.held.extend(newly_held);
         self.renewed.clear();
@@ -88,6 +94,7 @@ impl Applier {
                 let mine: Vec<&Held> = page.iter().filter(|h| due.contains(&h.descriptor.relid)).collect();
                 for held in &mine {
                     batch.held(held)?;
+                    arbiter::settle(&mut batch.work)?;
                 }
                 held::delete(&mine.iter().map(|h| h.ordinal).collect::<Vec<_>>())?;
             }
@@ -106,16 +113,18 @@ impl Applier {
 }
 
 impl<'a> Batch<'a> {
-    fn new(applier: &'a mut Applier, careful: bool) -> Batch<'a> {
+    pub(super) fn new(applier: &'a mut Applier, careful: bool) -> Batch<'a> {
         let work = Work {
             own: applier.own,
             peer: applier.peer.node,
             stable_peer: applier.state.stable_peer,
             mark: applier.state.applied,
             records: Vec::new(),
+            rulings: Vec::new(),
             gone: Vec::new(),
             queued: false,
-            parked: careful.then(Parked::default),
+            seen: Mark::default(),
+            careful: careful.then(Careful::default),
             writes_own: false,
         };
         Batch { state: applier.state, applier, newly_held: Vec::new(), tables: HashMap::new(), work }
@@ -134,6 +143,7 @@ impl<'a> Batch<'a> {
         // judged by what a later one said.
         self.work.stable_peer = self.work.stable_peer.max(transaction.stable);
         self.work.mark = mark;
+        self.work.seen = seen;
         let mut body = std::mem::replace(&mut transaction.body, super::Body::Inline(Vec::new()));
         let result = body.for_each(|item| self.item(item, seen));
         transaction.body = body;
@@ -152,12 +162,13 @@ impl<'a> Batch<'a> {
         let id = match item {
             Item::Record(bytes) => return conflict::receive(bytes),
             Item::Change(change) => change.descriptor,
-            Item::Truncate { descriptor, .. } => *descriptor,
+            Item::Truncate { descriptor, .. } | Item::Policy { descriptor, .. } => *descriptor,
         };
         match (self.destination(id)?, item) {
             (Destination::Wait(descriptor), _) => self.hold(&descriptor, item),
             (Destination::Table(relid, route), Item::Change(change)) => self.change(relid, &route, change),
             (Destination::Table(relid, _), Item::Truncate { version, .. }) => self.truncate(relid, *version, seen),
+            (Destination::Table(relid, route), Item::Policy { entry, .. }) => self.policy(relid, &route, entry),
             (Destination::Table(..), Item::Record(_)) => Ok(()),
         }
     }
@@ -228,37 +239,31 @@ impl<'a> Batch<'a> {
 
     fn change(&mut self, relid: pg_sys::Oid, route: &Route, change: &Change<'_>) -> Result<()> {
         let mark = self.work.mark;
-        self.unpark_if_parked(relid, route, change)?;
+        self.settle_if_put_off(relid, route, change)?;
         let Some(table) = self.tables.get_mut(&relid) else { return Err(Error::bug("a table was closed too early")) };
         let work = &mut self.work;
         error::catch(|| row::apply(table, route, change, work)).map_err(|e| report::on_row(e, route, change, mark))
     }
 
-    /// A key is changed once per transaction; should it come again, its parked row goes in first.
-    fn unpark_if_parked(&mut self, relid: pg_sys::Oid, route: &Route, change: &Change<'_>) -> Result<()> {
-        let Some(parked) = &self.work.parked else { return Ok(()) };
-        if parked.keys.is_empty() {
+    /// A key is changed once per transaction; should it come again, its row finds its place first.
+    fn settle_if_put_off(&mut self, relid: pg_sys::Oid, route: &Route, change: &Change<'_>) -> Result<()> {
+        if self.work.careful.is_none() {
             return Ok(());
         }
         let local = route.translate(change)?;
         let key = row::key_bytes(&route.local, &local.key);
-        if parked.keys.contains(&(relid, key)) { self.unpark() } else { Ok(()) }
+        let again = self.work.careful.as_ref().is_some_and(|careful| careful.has_put_off(relid, &key));
+        if again { self.settle() } else { Ok(()) }
     }
 
-    fn unpark(&mut self) -> Result<()> {
-        let Some(parked) = self.work.parked.as_mut().map(std::mem::take) else { return Ok(()) };
-        for (relid, tuple) in parked.rows {
-            let Some(table) = self.tables.get_mut(&relid) else { continue };
-            let _memory = table.enter_row_memory();
-            let _owner = ActingAs::owner(table.synced.owner);
-            let row = table.kept(tuple);
-            table.insert(&row);
-        }
-        Ok(())
+    /// Of a transaction that is applied carefully: what shows, and what is displaced.
+    fn settle(&mut self) -> Result<()> {
+        let (tables, work) = (&mut self.tables, &mut self.work);
+        error::catch(|| careful::settle(tables, work))
     }
 
     fn truncate(&mut self, relid: pg_sys::Oid, version: Hlc, seen: Mark) -> Result<()> {
-        self.unpark()?;
+        self.settle()?;
         if version.node() != self.work.peer || version.0 > self.work.mark.position.0 {
             return Err(Error::operator(
                 PgSqlErrorCode::ERRCODE_PROTOCOL_VIOLATION,
@@ -273,9 +278,21 @@ impl<'a> Batch<'a> {
         Ok(())
     }
 
-    /// What a source transaction owes at its end: parked rows, foreign keys, deferred unique constraints.
-    fn end_of_source(&mut self) -> Result<()> {
-        self.unpark()?;
+    /// An entry of the peer's policy log. The table is opened anew, with it, for the next change.
+    fn policy(&mut self, relid: pg_sys::Oid, route: &Route, entry: &[u8]) -> Result<()> {
+        self.settle()?;
+        policy::receive(entry, &route.local, self.work.own, self.work.peer, |name| route.local_name(name))?;
+        if let Some(table) = self.tables.remove(&relid) {
+            table.close();
+        }
+        Ok(())
+    }
+
+    /// What a source transaction owes at its end: rows without a place, foreign keys, arbitrated conflicts,
+    /// deferred unique constraints.
+    pub(super) fn end_of_source(&mut self) -> Result<()> {
+        self.settle()?;
+        arbiter::settle(&mut self.work)?;
         let gone = std::mem::take(&mut self.work.gone);
         for parent in gone {
             parent.check()?;
@@ -304,6 +321,7 @@ impl<'a> Batch<'a> {
             match item? {
                 Item::Change(change) => self.change(oid, &route, &change)?,
                 Item::Truncate { version, .. } => self.truncate(oid, version, Mark::default())?,
+                Item::Policy { entry, .. } => self.policy(oid, &route, entry)?,
                 Item::Record(_) => {}
             }
         }
@@ -311,7 +329,7 @@ impl<'a> Batch<'a> {
     }
 
     /// Everything but the commit itself.
-    fn finish(mut self) -> Result<(State, Vec<u32>)> {
+    pub(super) fn finish(mut self) -> Result<(State, Vec<u32>)> {
         for (_, table) in self.tables.drain() {
             table.close();
         }

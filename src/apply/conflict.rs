@@ -1,5 +1,6 @@
 //! Conflict records: what a change met here and what was lost by it, written in the transaction that
 //! dropped the value, and the join of those that come from the peer.
+use super::arbiter;
 use super::image::{self, Content};
 use super::route::Local;
 use super::row::Work;
@@ -40,6 +41,7 @@ pub fn record(pair: &Pair<'_>, work: &mut Work) -> Result<()> {
     let tuples = pair.tuples(work)?;
     let result = pair.result()?;
     for loss in &pair.verdict.losses {
+        let decided = arbiter::decided(pair, loss, work);
         let record = Record {
             conflict_id: Record::id(&pair.rel.schema, &pair.rel.table, key.get(), loss.losing),
             schema: pair.rel.schema.clone(),
@@ -49,16 +51,18 @@ pub fn record(pair: &Pair<'_>, work: &mut Work) -> Result<()> {
             constraint_name: None,
             losing: loss.losing,
             winning: loss.winning,
+            rival: None,
             cells: cell_names(pair.rel, &loss.cells),
             lost: pair.lost(loss)?,
             replaced: pair.replaced(loss)?,
             base: pair.base(loss)?,
             tuples: tuples.clone(),
             result: result.clone(),
-            policy: LAST_UPDATE_WINS.to_string(),
+            policy: decided.name(),
             detected_at: now_us(),
-            decision: undecided(),
+            decision: Decision { status: decided.status(), ..undecided() },
         };
+        arbiter::consider(pair, loss, &decided, &record, work)?;
         if upsert(record.clone())? {
             work.records.push(to_bytes(&record)?);
         }
@@ -205,6 +209,7 @@ pub fn record_of(
         constraint_name: None,
         losing,
         winning,
+        rival: None,
         cells: Vec::new(),
         lost: BTreeMap::new(),
         replaced: BTreeMap::new(),
@@ -226,6 +231,58 @@ pub fn keep(record: Record, work: &mut Work) -> Result<()> {
     Ok(())
 }
 
+/// The same of a conflict that waits for a person: open, also if it was closed because its cause was gone, and
+/// now is there again.
+pub fn keep_open(mut record: Record, work: &mut Work) -> Result<()> {
+    record.decision.status = Status::Open;
+    let known = {
+        let _superuser = ActingAs::superuser();
+        read_for_update(record.conflict_id)?
+    };
+    if known.is_some_and(|known| known.decision.status == Status::Superseded) {
+        record.decision.version = clock::tick();
+        record.decision.at = Some(now_us());
+    }
+    keep(record, work)
+}
+
+/// Closes what has settled itself.
+pub fn supersede(mut record: Record, note: &str, work: &mut Work) -> Result<()> {
+    record.decision = Decision {
+        version: clock::tick(),
+        status: Status::Superseded,
+        by: None,
+        at: Some(now_us()),
+        resolution: None,
+        note: Some(note.to_string()),
+    };
+    keep(record, work)
+}
+
+/// The open records of rows that a constraint keeps out of a table.
+pub fn open_of_constraints(rel: &SyncedRelation) -> Result<Vec<Record>> {
+    let query = "select record::text from tandem.conflict
+                 where schema_name = $1 and table_name = $2 and status = 'open' and constraint_name is not null";
+    let _superuser = ActingAs::superuser();
+    let texts = Spi::connect_mut(|client| -> std::result::Result<Vec<String>, pgrx::spi::Error> {
+        let rows = client.update(query, None, &[rel.schema.as_str().into(), rel.table.as_str().into()])?;
+        rows.filter_map(|row| row.get::<String>(1).transpose()).collect()
+    })?;
+    let parse = |text: String| serde_json::from_str(&text).map_err(|e| Error::bug(format!("a conflict record: {e}")));
+    texts.into_iter().map(parse).collect()
+}
+
+/// Changes a record that this node made in this transaction, and has it travel.
+pub fn amend(id: Uuid, work: &mut Work, f: impl FnOnce(&mut Record)) -> Result<()> {
+    let stored = {
+        let _superuser = ActingAs::superuser();
+        read_for_update(id)?
+    };
+    let Some(mut record) = stored else { return Err(Error::bug(format!("conflict {id} is not there"))) };
+    f(&mut record);
+    keep(record, work)
+}
+
 /// Joins a record (or a decision) of the peer into the history.
 pub fn receive(bytes: &[u8]) -> Result<()> {
     let damaged = |why: String| {
@@ -239,8 +296,7 @@ pub fn receive(bytes: &[u8]) -> Result<()> {
         return Err(damaged(format!("{} bytes", bytes.len())));
     }
     let record: Record = serde_json::from_slice(bytes).map_err(|e| damaged(e.to_string()))?;
-    let id = Record::id(&record.schema, &record.table, record.key.get(), record.losing);
-    if id != record.conflict_id {
+    if record.derived_id() != record.conflict_id {
         return Err(damaged("its id is not that of its key and version".to_string()));
     }
     // A later decision here must be later than this one; and no version may come from the far future.

@@ -3,15 +3,20 @@
 //! The exchange worker owns one [`Applier`] and calls it in its own process. A source transaction goes
 //! through [`batch`] (one local commit for several of them), each change through [`route`] (the sender's
 //! columns → ours), [`row`] (lock, judge, write) and, if something was lost by it, [`conflict`]. What
-//! cannot be applied yet waits in [`held`]; [`tables`] says why. [`progress`] remembers how far we are.
+//! cannot be applied yet waits in [`held`]; [`tables`] says why. A transaction that runs into a constraint is
+//! applied once more by way of [`careful`]; what cannot show is asked again in [`reconsider`]. [`progress`] remembers how far we are.
+mod arbiter;
 mod batch;
 mod body;
+mod careful;
 pub mod conflict;
 mod constraints;
 mod held;
 mod image;
+mod merging;
 mod parents;
 mod progress;
+mod reconsider;
 mod report;
 mod route;
 mod row;
@@ -33,6 +38,7 @@ use tandem_model::descriptor::{Descriptor, DescriptorId};
 use tandem_model::hlc::{Hlc, Mark, NodeId};
 use uuid::Uuid;
 
+pub use arbiter::forget as forget_reinstated;
 pub use body::{Body, Transaction};
 
 /// Who the peer is, as the handshake told.
@@ -65,6 +71,8 @@ pub struct Applier {
     held: HashSet<u32>,
     /// Tables whose shape on the peer is newer than the last contact told.
     renewed: HashSet<u32>,
+    /// When the displaced rows were asked last.
+    rounds: reconsider::Rounds,
 }
 
 impl Applier {
@@ -84,6 +92,7 @@ impl Applier {
                 routes: HashMap::new(),
                 targets: HashMap::new(),
                 renewed: HashSet::new(),
+                rounds: reconsider::Rounds::default(),
             })
         })?;
         applier.state.frozen = !applier.held.is_empty();
@@ -162,17 +171,13 @@ impl Applier {
         Ok(self.state.applied)
     }
 
-    /// Once more, with rows taken out before others take their unique values, if that was the trouble.
+    /// Once more, and carefully, if a constraint was the trouble.
     fn apply_carefully(&mut self, transaction: &mut Transaction, error: Error) -> Result<()> {
-        let hopeful = report::is_unique_violation(&error) && error.class != crate::error::Class::Retry;
+        let hopeful = report::is_constraint_violation(&error) && error.class != crate::error::Class::Retry;
         if !hopeful {
             return Err(error);
         }
-        match self.run(std::slice::from_mut(transaction), true) {
-            // The first one knows the row.
-            Err(again) if report::is_unique_violation(&again) => Err(error),
-            other => other,
-        }
+        self.run(std::slice::from_mut(transaction), true)
     }
 
     /// The peer's stream is complete up to `mark`; the peer has ours up to `seen`.

@@ -55,10 +55,24 @@ pub fn name_peer(mut error: Error, peer: &str) -> Error {
     error
 }
 
-/// True if a unique constraint was violated: rows of one transaction may only have changed places.
-pub fn is_unique_violation(error: &Error) -> bool {
+/// True if a constraint was violated that applying can look after.
+pub fn is_constraint_violation(error: &Error) -> bool {
+    is_unique_violation(error)
+        || error.sqlstate == PgSqlErrorCode::ERRCODE_FOREIGN_KEY_VIOLATION
+        || error.sqlstate == PgSqlErrorCode::ERRCODE_CHECK_VIOLATION
+}
+
+fn is_unique_violation(error: &Error) -> bool {
     error.sqlstate == PgSqlErrorCode::ERRCODE_UNIQUE_VIOLATION
         || error.sqlstate == PgSqlErrorCode::ERRCODE_EXCLUSION_VIOLATION
+}
+
+/// A place that was free when it was looked at was taken meanwhile: by a local session, that is seen next time.
+pub fn retry_if_unique(mut error: Error) -> Error {
+    if is_unique_violation(&error) {
+        error.class = Class::Retry;
+    }
+    error
 }
 
 /// The worker runs with lc_messages = C, so the constraint's name is in the message in quotes.

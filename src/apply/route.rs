@@ -102,6 +102,14 @@ impl Route {
         Ok(Route { descriptor: descriptor.clone(), local, key_index_name, key, cells, cell_ids })
     }
 
+    /// What a column of the sender is called here.
+    pub fn local_name(&self, name: &str) -> Option<String> {
+        let shape = self.descriptor.columns.iter().find(|c| c.name == name)?;
+        let mut columns = self.key.iter().chain(self.cells.values().flatten());
+        let local = columns.find(|c| c.shape.attnum == shape.attnum)?.local?;
+        Some(self.local.columns[local].name.clone())
+    }
+
     /// Translates a change. Values are decoded into the current memory context; bad bytes raise.
     pub fn translate<'a>(&'a self, sent: &'a Change<'a>) -> Result<Local<'a>> {
         if sent.key.len() != self.key.len() {

@@ -1,18 +1,22 @@
 //! One change of one row: lock first, look at the versions, let the model judge, do what it says.
+use super::arbiter::Ruling;
+use super::careful::Careful;
 use super::conflict;
 use super::image::{self, Content};
+use super::merging;
 use super::parents::Gone;
 use super::route::{Local, Route};
 use super::table::{Row, Table, set_value, value_of};
+use crate::displaced::{self, Displaced};
 use crate::error::{Error, Result};
 use crate::pg::identity::ActingAs;
 use crate::registry;
-use crate::relation::SyncedRelation;
+use crate::relation::{Column, SyncedRelation};
 use crate::shmem;
+use crate::stash::Stashed;
 use crate::tombstone::{self, Tombstone};
 use crate::value;
 use pgrx::prelude::*;
-use std::collections::HashSet;
 use std::sync::atomic::Ordering::Acquire;
 use tandem_model::change::{Change, Op};
 use tandem_model::hlc::{Hlc, Mark, NodeId};
@@ -30,21 +34,18 @@ pub struct Work {
     pub mark: Mark,
     /// Conflict records that this node made: they travel with this local commit.
     pub records: Vec<Vec<u8>>,
+    /// What the arbiter is to settle once the source transaction is whole.
+    pub rulings: Vec<Ruling>,
     /// Parents that went, to be looked at once the source transaction is whole.
     pub gone: Vec<Gone>,
     /// Something waits in the trigger queue.
     pub queued: bool,
-    /// Rows whose insertion is put off to the end, if unique values change places within the transaction.
-    pub parked: Option<Parked>,
+    /// What of our stream the source transaction had seen.
+    pub seen: Mark,
+    /// The source transaction ran into a constraint, and is applied once more.
+    pub careful: Option<Careful>,
     /// This local transaction has taken versions of its own on purpose.
     pub writes_own: bool,
-}
-
-/// Rows that were taken out, or not put in yet.
-#[derive(Default)]
-pub struct Parked {
-    pub rows: Vec<(pg_sys::Oid, pg_sys::HeapTuple)>,
-    pub keys: HashSet<(pg_sys::Oid, Vec<u8>)>,
 }
 
 impl Work {
@@ -57,6 +58,8 @@ impl Work {
 /// What this node holds of the key.
 struct Held {
     row: Option<Row>,
+    /// Beside a row that shows: what of it can't show.
+    displaced: Option<Displaced>,
     tombstone: Option<Tombstone>,
     state: RowState,
 }
@@ -109,17 +112,22 @@ fn validate(change: &Change<'_>, work: &Work) -> Result<()> {
 
 fn hold(table: &mut Table, local: &Local<'_>, key: &[u8]) -> Result<Held> {
     let row = table.lock_row(&local.key, local.change.op == Op::Delete);
+    let displaced = displaced::find(table.synced.relid, key);
     if let Some(row) = row {
         let (hlc, versions) = table.versions_of(&row)?;
         let state = RowState { existence: Existence::Live, hlc, versions };
-        return Ok(Held { row: Some(row), tombstone: None, state });
+        return Ok(Held { row: Some(row), displaced, tombstone: None, state });
+    }
+    if let Some(Displaced { row, .. }) = &displaced {
+        let state = RowState { existence: Existence::Live, hlc: row.hlc, versions: row.versions.clone() };
+        return Ok(Held { row: None, displaced, tombstone: None, state });
     }
     let tombstone = tombstone::find(table.synced.relid, key);
     let state = match &tombstone {
         Some(t) => RowState { existence: Existence::Tombstone, hlc: t.hlc, versions: t.versions.clone() },
         None => RowState { existence: Existence::Absent, hlc: Hlc(0), versions: Default::default() },
     };
-    Ok(Held { row: None, tombstone, state })
+    Ok(Held { row: None, displaced: None, tombstone, state })
 }
 
 /// The stored content, of a row or of a tombstone.
@@ -129,10 +137,12 @@ struct Stored {
 
 impl Stored {
     fn new(table: &Table, held: &Held) -> Result<Stored> {
-        let content = match (&held.row, &held.tombstone) {
-            (Some(row), _) => image::of_row(&table.synced, row),
-            (None, Some(tombstone)) => image::of_tombstone(&table.synced, tombstone)?,
-            (None, None) => vec![None; table.synced.columns.len()],
+        let content = match (&held.row, &held.displaced, &held.tombstone) {
+            (Some(row), Some(waiting), _) => merging::joined(table, row, waiting)?,
+            (Some(row), None, _) => image::of_row(&table.synced, row),
+            (None, Some(displaced), _) => image::of_tombstone(&table.synced, &displaced.row)?,
+            (None, None, Some(tombstone)) => image::of_tombstone(&table.synced, tombstone)?,
+            (None, None, None) => vec![None; table.synced.columns.len()],
         };
         Ok(Stored { content })
     }
@@ -157,6 +167,12 @@ fn execute(
     verdict: &Verdict,
     work: &mut Work,
 ) -> Result<()> {
+    let waiting = held.displaced;
+    if held.row.is_none()
+        && let Some(displaced) = waiting
+    {
+        return execute_displaced(table, local, key, displaced, stored, verdict);
+    }
     let had_tombstone = held.tombstone.is_some();
     match (&verdict.effect, held.row) {
         (Effect::Keep, _) => {}
@@ -165,31 +181,38 @@ fn execute(
         (Effect::Insert, None) => {
             let mut row = born(table, local);
             table.set_versions(&mut row, verdict.hlc, &verdict.versions);
-            put_row(table, key, &row, had_tombstone, work);
+            put_row(table, key, &row, had_tombstone, work)?;
         }
         (Effect::Revive(cells), None) => {
             let mut content = stored.clone();
             image::overlay(&mut content, &of_cells(table, local, cells));
             let mut row = row_of(table, local, &content);
             table.set_versions(&mut row, verdict.hlc, &verdict.versions);
-            put_row(table, key, &row, had_tombstone, work);
+            put_row(table, key, &row, had_tombstone, work)?;
         }
-        (Effect::Restamp, Some(row)) => replace_row(table, key, &row, row.clone(), verdict, work),
+        (Effect::Restamp, Some(row)) => replace_row(table, key, &row, row.clone(), verdict, work)?,
         (Effect::Update(cells), Some(old)) => {
+            let mut content = stored.clone();
+            image::overlay(&mut content, &of_cells(table, local, cells));
             let mut row = old.clone();
-            for (column, value) in of_cells(table, local, cells) {
-                let column = &table.synced.columns[column];
-                set_value(&mut row, column, value);
+            for (column, value) in table.synced.columns.iter().zip(&content) {
+                set_value(&mut row, column, value.flatten());
             }
-            replace_row(table, key, &old, row, verdict, work);
+            let merge =
+                merging::Merge { key, old: &old, cells, verdict, state: &held.state, waiting: waiting.as_ref() };
+            if !merging::settle(table, &merge, &row, work)? {
+                replace_row(table, key, &old, row, verdict, work)?;
+            }
         }
         (Effect::Replace, Some(old)) => {
             let row = born(table, local);
-            replace_row(table, key, &old, row, verdict, work);
+            displaced::remove(table.synced.relid, key);
+            replace_row(table, key, &old, row, verdict, work)?;
         }
         (Effect::Delete, Some(old)) => {
             bury(table, key, stored, verdict);
-            note_gone(table, &old, None, work);
+            displaced::remove(table.synced.relid, key);
+            note_gone(table, &old, None, work)?;
             table.delete();
         }
         (Effect::Restamp | Effect::Delete, None) => {
@@ -210,6 +233,46 @@ fn execute(
     Ok(())
 }
 
+/// A row that is alive and doesn't show changes as any other, where it waits; whether it can show now is asked
+/// soon after.
+fn execute_displaced(
+    table: &mut Table,
+    local: &Local<'_>,
+    key: &[u8],
+    displaced: Displaced,
+    stored: &Content,
+    verdict: &Verdict,
+) -> Result<()> {
+    let relid = table.synced.relid;
+    let content = match &verdict.effect {
+        Effect::Keep | Effect::Missing => return Ok(()),
+        Effect::Delete => {
+            bury(table, key, stored, verdict);
+            displaced::remove(relid, key);
+            return nothing_came_meanwhile(table, local);
+        }
+        Effect::Restamp => stored.clone(),
+        Effect::Update(cells) => {
+            let mut content = stored.clone();
+            image::overlay(&mut content, &of_cells(table, local, cells));
+            content
+        }
+        Effect::Replace => {
+            let row = born(table, local);
+            image::of_row(&table.synced, &row)
+        }
+        effect => return Err(Error::bug(format!("{effect:?} on a displaced row"))),
+    };
+    let row = Stashed {
+        hlc: verdict.hlc,
+        versions: verdict.versions.clone(),
+        image: image::to_bytes(&table.synced, &content),
+        descriptor: table.synced.descriptor,
+    };
+    displaced::put(relid, key, &Displaced { row, ..displaced });
+    nothing_came_meanwhile(table, local)
+}
+
 /// The values that arrived for these cells.
 fn of_cells(table: &Table, local: &Local<'_>, cells: &[CellId]) -> super::route::Arrived {
     local.new.iter().filter(|(column, _)| cells.contains(&table.synced.columns[*column].cell)).copied().collect()
@@ -223,46 +286,48 @@ fn born(table: &mut Table, local: &Local<'_>) -> Row {
 
 fn row_of(table: &mut Table, local: &Local<'_>, content: &Content) -> Row {
     let rel = table.synced.clone();
-    let mut row = vec![None; rel.natts];
-    for (column, known) in rel.columns.iter().zip(content) {
-        let value = match known {
-            Some(value) => *value,
-            None => table.default_of(column.attnum),
-        };
-        set_value(&mut row, column, value);
-    }
+    let mut row = table.row_of_content(content);
     for (value, column) in local.key.iter().zip(&rel.key) {
         set_value(&mut row, &rel.columns[*column], Some(*value));
     }
     row
 }
 
-fn put_row(table: &mut Table, key: &[u8], row: &Row, had_tombstone: bool, work: &mut Work) {
+fn put_row(table: &mut Table, key: &[u8], row: &Row, had_tombstone: bool, work: &mut Work) -> Result<()> {
     if had_tombstone {
         tombstone::remove(table.synced.relid, key);
     }
-    match &mut work.parked {
-        Some(parked) => park(table, key, row, parked),
-        None => table.insert(row),
-    }
-}
-
-fn replace_row(table: &mut Table, key: &[u8], old: &Row, mut row: Row, verdict: &Verdict, work: &mut Work) {
-    table.set_versions(&mut row, verdict.hlc, &verdict.versions);
-    note_gone(table, old, Some(&row), work);
-    match &mut work.parked {
-        Some(parked) => {
-            park(table, key, &row, parked);
-            table.delete();
+    if let Some(careful) = &mut work.careful {
+        if careful.is_contested(table, row)? {
+            careful.put_off(table, key, row);
+            return Ok(());
         }
-        None => table.update(&row),
+        careful.wrote(table, row)?;
     }
+    table.insert(row);
+    Ok(())
 }
 
-fn park(table: &mut Table, key: &[u8], row: &Row, parked: &mut Parked) {
-    let relid = table.synced.relid;
-    parked.rows.push((relid, table.keep(row)));
-    parked.keys.insert((relid, key.to_vec()));
+fn replace_row(
+    table: &mut Table,
+    key: &[u8],
+    old: &Row,
+    mut row: Row,
+    verdict: &Verdict,
+    work: &mut Work,
+) -> Result<()> {
+    table.set_versions(&mut row, verdict.hlc, &verdict.versions);
+    note_gone(table, old, Some(&row), work)?;
+    if let Some(careful) = &mut work.careful {
+        if careful.is_contested(table, &row)? {
+            careful.put_off(table, key, &row);
+            table.delete();
+            return Ok(());
+        }
+        careful.wrote(table, &row)?;
+    }
+    table.update(&row);
+    Ok(())
 }
 
 /// Writes a tombstone with the row's last content.
@@ -289,10 +354,14 @@ fn nothing_came_meanwhile(table: &mut Table, local: &Local<'_>) -> Result<()> {
     ))
 }
 
-fn note_gone(table: &Table, old: &Row, new: Option<&Row>, work: &mut Work) {
+fn note_gone(table: &mut Table, old: &Row, new: Option<&Row>, work: &mut Work) -> Result<()> {
+    if let Some(careful) = &mut work.careful {
+        return careful.took(table, old);
+    }
     for key in &table.parents_of {
         work.gone.extend(key.gone(&table.synced, old, new));
     }
+    Ok(())
 }
 
 /// What an ENABLE ALWAYS trigger writes to a synced table would be a local write in the peer's name.
@@ -313,13 +382,20 @@ pub fn refuse_trigger_writes(table: &Table, work: &Work) -> Result<()> {
 
 /// The bytes of a key, as tombstones know it.
 pub fn key_bytes(rel: &SyncedRelation, key: &[pg_sys::Datum]) -> Vec<u8> {
-    let encoded = |(value, column): (&pg_sys::Datum, &usize)| {
-        let mut out = Vec::new();
-        value::encode(&rel.columns[*column], *value, &mut out);
-        out
-    };
-    let values: Vec<Vec<u8>> = key.iter().zip(&rel.key).map(encoded).collect();
+    let values = encoded_key(rel, key);
     value::encode_key(&values.iter().map(|v| Some(v.as_slice())).collect::<Vec<_>>())
+}
+
+/// The values of a key as they travel.
+pub fn encoded_key(rel: &SyncedRelation, key: &[pg_sys::Datum]) -> Vec<Vec<u8>> {
+    key.iter().zip(&rel.key).map(|(value, column)| encoded(&rel.columns[*column], *value)).collect()
+}
+
+/// A value as it travels.
+pub fn encoded(column: &Column, value: pg_sys::Datum) -> Vec<u8> {
+    let mut out = Vec::new();
+    value::encode(column, value, &mut out);
+    out
 }
 
 /// The key of a stored row.

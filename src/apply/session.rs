@@ -4,6 +4,9 @@ use crate::guc;
 use pgrx::prelude::*;
 use std::ffi::{CStr, CString};
 
+/// Longest wait (ms) for a lock while those of an earlier source transaction are held: a commit under way ends in it.
+const BRIEF_WAIT_MS: i32 = 10;
+
 /// Settings for the life of the worker.
 const SETTINGS: &[(&CStr, &CStr)] = &[
     (c"session_replication_role", c"replica"),
@@ -51,11 +54,36 @@ fn set_local(name: &CStr, value: &CStr) {
 }
 
 /// Local users have the right of way: the apply gives up before Postgres looks for deadlocks.
-fn lock_timeout() -> CString {
+fn lock_timeout(longest_ms: i32) -> CString {
     // SAFETY: reads a setting.
     let deadlock = unsafe { pg_sys::DeadlockTimeout };
-    let ms = guc::APPLY_LOCK_TIMEOUT.get().min(deadlock.saturating_sub(1)).max(1);
+    let ms = longest_ms.min(guc::APPLY_LOCK_TIMEOUT.get()).min(deadlock.saturating_sub(1)).max(1);
     CString::new(format!("{ms}ms")).unwrap_or_default()
+}
+
+/// From here to the end of the transaction no lock is waited for long.
+pub fn wait_briefly() {
+    set_local(c"lock_timeout", &lock_timeout(BRIEF_WAIT_MS));
+}
+
+/// Does a session wait for this transaction to end, for a row that it has changed or locked, say?
+pub fn is_waited_for() -> bool {
+    // SAFETY: looks into the lock table for a lock that this process holds once it has an id.
+    unsafe {
+        let id = pg_sys::GetTopTransactionIdIfAny();
+        if id == pg_sys::InvalidTransactionId {
+            return false;
+        }
+        let tag = pg_sys::LOCKTAG {
+            locktag_field1: id.into_inner(),
+            locktag_field2: 0,
+            locktag_field3: 0,
+            locktag_field4: 0,
+            locktag_type: pg_sys::LockTagType::LOCKTAG_TRANSACTION as u8,
+            locktag_lockmethodid: pg_sys::DEFAULT_LOCKMETHOD as u8,
+        };
+        pg_sys::LockHasWaiters(&tag, pg_sys::ExclusiveLock as i32, false)
+    }
 }
 
 /// Runs `f` in a transaction of its own and commits it; on an error it is aborted.
@@ -66,7 +94,7 @@ pub fn transaction<T>(f: impl FnOnce() -> Result<T>) -> Result<T> {
         pg_sys::SetCurrentStatementStartTimestamp();
         pg_sys::StartTransactionCommand();
         set_local(c"synchronous_commit", c"off");
-        set_local(c"lock_timeout", &lock_timeout());
+        set_local(c"lock_timeout", &lock_timeout(i32::MAX));
         pg_sys::PushActiveSnapshot(pg_sys::GetTransactionSnapshot());
         let value = f()?;
         if pg_sys::ActiveSnapshotSet() {

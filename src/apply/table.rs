@@ -320,6 +320,71 @@ impl Table {
         });
     }
 
+    /// A row as one value of the table's row type, in the current memory context, and that type.
+    pub fn composite(&mut self, row: &Row) -> (pg_sys::Datum, pg_sys::Oid) {
+        // SAFETY: a tuple of this relation, copied.
+        unsafe {
+            fill(self.fresh, row);
+            let tuple = pg_sys::ExecCopySlotHeapTuple(self.fresh);
+            (pg_sys::heap_copy_tuple_as_datum(tuple, (*self.rel).rd_att), (*(*self.rel).rd_rel).reltype)
+        }
+    }
+
+    /// The row at a place, locked, waiting for whoever is writing it. Errors (retry) if it is gone or changed.
+    pub fn lock_place(&mut self, place: pg_sys::ItemPointerData) -> Result<Row> {
+        let mut place = place;
+        let mut failure = pg_sys::TM_FailureData::default();
+        // SAFETY: a slot of this relation; every table access method can lock.
+        let result = unsafe {
+            let lock = (*(*self.rel).rd_tableam).tuple_lock.ok_or_else(|| Error::bug("a table that can't lock"))?;
+            lock(
+                self.rel,
+                &mut place,
+                pg_sys::GetLatestSnapshot(),
+                self.found,
+                pg_sys::GetCurrentCommandId(false),
+                pg_sys::LockTupleMode::LockTupleExclusive,
+                pg_sys::LockWaitPolicy::LockWaitBlock,
+                0,
+                &mut failure,
+            )
+        };
+        if result == pg_sys::TM_Result::TM_Ok {
+            // SAFETY: the slot holds the locked row.
+            return Ok(unsafe { self.found_row() });
+        }
+        Err(Error::retry(
+            PgSqlErrorCode::ERRCODE_T_R_SERIALIZATION_FAILURE,
+            format!("a row of table {} changed while it was looked at", self.synced.display_name()),
+        ))
+    }
+
+    /// True if a stored row was found and not yet given up.
+    pub fn is_found(&self) -> bool {
+        // SAFETY: the slot is ours.
+        unsafe { (*self.found).tts_flags & pg_sys::TTS_FLAG_EMPTY as u16 == 0 }
+    }
+
+    /// A row of what is known of it; the other columns take their defaults.
+    pub fn row_of_content(&mut self, content: &[Option<Option<pg_sys::Datum>>]) -> Row {
+        let rel = self.synced.clone();
+        let mut row = vec![None; rel.natts];
+        for (column, known) in rel.columns.iter().zip(content) {
+            let value = match known {
+                Some(value) => *value,
+                None => self.default_of(column.attnum),
+            };
+            set_value(&mut row, column, value);
+        }
+        row
+    }
+
+    /// The place of the row that was found.
+    pub fn found_place(&self) -> (u32, u16) {
+        // SAFETY: the found slot holds a stored row.
+        pgrx::itemptr::item_pointer_get_both(unsafe { (*self.found).tts_tid })
+    }
+
     /// Shows every row to `f`, in memory that is reset after each.
     pub fn scan(&mut self, mut f: impl FnMut(&Table, &Row)) {
         // SAFETY: a scan of the open relation under a registered snapshot, ended before it returns; an ERROR
@@ -341,8 +406,7 @@ impl Table {
 
     /// Deletes the row that was found and inserts it again as a local write, captured like any other.
     pub fn rewrite(&mut self) -> Result<()> {
-        // SAFETY: the found slot holds the locked row.
-        let (block, offset) = pgrx::itemptr::item_pointer_get_both(unsafe { (*self.found).tts_tid });
+        let (block, offset) = self.found_place();
         let quote = |name: &str| pgrx::spi::quote_identifier(name);
         let columns: Vec<_> = self.synced.columns.iter().map(|c| quote(&c.name)).collect();
         let (columns, name) =

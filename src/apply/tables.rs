@@ -5,6 +5,7 @@ use crate::relation::{self, SyncedRelation};
 use pgrx::prelude::*;
 use std::rc::Rc;
 use tandem_model::descriptor::Descriptor;
+use tandem_model::orphan::OnFk;
 
 /// State of a table towards the peer. Only in [`State::Active`] are its changes applied; otherwise they wait
 /// in `tandem.held`. Derived anew from both shapes whenever one of them may have changed.
@@ -16,7 +17,7 @@ pub enum State {
     MissingHere,
     /// Columns, types or key differ.
     SchemaDiffers,
-    /// The columns are decided in other groups.
+    /// The columns are decided in other groups, or foreign keys in another way.
     PolicyDiffers,
     /// Both held rows when they were added, and not the same ones.
     JoinRequired,
@@ -71,6 +72,7 @@ pub fn compare_shapes(own: &Descriptor, initial: &Initial, peer: &PeerTable) -> 
     let one_cell = |shape: &Descriptor| {
         let mut shape = shape.clone();
         shape.columns.iter_mut().for_each(|c| c.cell = 0);
+        shape.on_fk = OnFk::default();
         shape
     };
     if let Err(difference) = one_cell(own).agrees(&one_cell(&peer.shape)) {

@@ -5,7 +5,7 @@ use super::spool::Spool;
 use crate::error::Error;
 use crate::guc;
 use crate::relation::SyncedRelation;
-use crate::tombstone::Tombstone;
+use crate::stash::Stashed;
 use pgrx::prelude::*;
 use std::cell::RefCell;
 use std::collections::{HashMap, HashSet};
@@ -14,6 +14,21 @@ use tandem_model::change::{Change, Item};
 use tandem_model::descriptor::DescriptorId;
 use tandem_model::hlc::{Mark, Position};
 use tandem_model::wire;
+
+/// What a key held that showed no row.
+#[derive(Clone)]
+pub enum Met {
+    Tombstone(Stashed),
+    Displaced(Stashed),
+}
+
+impl Met {
+    pub fn row(&self) -> &Stashed {
+        match self {
+            Met::Tombstone(row) | Met::Displaced(row) => row,
+        }
+    }
+}
 
 /// What a transaction has to say to the journal.
 #[derive(Default)]
@@ -26,8 +41,8 @@ pub struct Buffer {
     pub again: HashSet<u64>,
     /// Relations behind the descriptors of this transaction's changes.
     pub relations: HashMap<DescriptorId, Rc<SyncedRelation>>,
-    /// Tombstones that inserts found, by descriptor and key: what a key that is deleted again goes back to.
-    pub met: HashMap<(DescriptorId, Vec<u8>), Tombstone>,
+    /// What inserts found, by descriptor and key: what a key that is deleted again goes back to.
+    pub met: HashMap<(DescriptorId, Vec<u8>), Met>,
     savepoints: Vec<(pg_sys::SubTransactionId, u64)>,
     /// The `seen` that this commit reaches, if it applies the peer's changes.
     pub carry: Option<Mark>,

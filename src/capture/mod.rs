@@ -10,11 +10,15 @@ mod spool;
 mod trigger;
 
 use crate::registry;
+use crate::relation::SyncedRelation;
 use crate::shmem;
+pub use change::changed_cells;
 use pgrx::prelude::*;
 use std::cell::Cell;
-use tandem_model::change::Item;
-use tandem_model::hlc::{Mark, Position};
+use std::rc::Rc;
+use tandem_model::change::{Item, Op};
+use tandem_model::hlc::{Hlc, Mark, Position};
+use tandem_model::versions::{CellId, Versions};
 
 thread_local! {
     /// While Tandem applies: its own triggers are silent.
@@ -55,6 +59,29 @@ pub fn emit(item: &Item<'_>) {
         registry::stamp();
     }
     buffer::push(item, None);
+}
+
+/// An update that this node makes by itself while it applies: takes a version, sets it in what the row lists, and
+/// buffers the change. The row is written by the caller, with these versions.
+pub fn own_update(
+    rel: &Rc<SyncedRelation>,
+    listed: &mut Versions,
+    cells: Vec<CellId>,
+    old: &change::Row,
+    new: &change::Row,
+) -> Hlc {
+    let version = registry::stamp();
+    listed.trim(&shmem::database().stable_points());
+    let base = Versions {
+        birth: listed.birth,
+        dead: listed.dead,
+        cells: cells.iter().map(|cell| (*cell, listed.cell(*cell))).collect(),
+        ..Versions::default()
+    };
+    cells.iter().for_each(|cell| listed.set(*cell, version));
+    let facts = change::Facts { op: Op::Update, version, life: base.birth, base, cells };
+    change::build(rel, facts, new, Some(old), None, |change| buffer::push_change(rel, change));
+    version
 }
 
 /// The `seen` that this very commit reaches: of a transaction that applies the peer's changes.

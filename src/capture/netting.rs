@@ -1,6 +1,7 @@
 //! One net effect per key: the changes of keys that a transaction touched more than once become one change
 //! each, and their tombstones what the peer computes from it (see `tandem_model::net`).
-use super::buffer::{self, Buffer};
+use super::buffer::{self, Buffer, Met};
+use crate::displaced;
 use crate::error::Error;
 use crate::relation::SyncedRelation;
 use crate::tombstone::{self, Tombstone};
@@ -84,13 +85,17 @@ fn bury(buffer: &Buffer, mut changes: Vec<Change<'_>>, netted: &[Change<'_>]) {
         let met = buffer.met.get(&key);
         match netted.get(&key) {
             None => match met {
-                Some(tombstone) => tombstone::put(rel.relid, &key.1, tombstone),
+                Some(Met::Displaced(row)) => {
+                    tombstone::remove(rel.relid, &key.1);
+                    displaced::put_back(rel.relid, &key.1, row);
+                }
+                Some(Met::Tombstone(tombstone)) => tombstone::put(rel.relid, &key.1, tombstone),
                 None => {
                     tombstone::remove(rel.relid, &key.1);
                 }
             },
             Some(delete) if delete.op == Op::Delete => {
-                let Some(now) = met.cloned().or_else(|| tombstone::find(rel.relid, &key.1)) else {
+                let Some(now) = met.map(|met| met.row().clone()).or_else(|| tombstone::find(rel.relid, &key.1)) else {
                     Error::bug("a deleted row has no tombstone").raise()
                 };
                 let mut versions = delete.base.clone();
@@ -119,10 +124,10 @@ fn image_before(rel: &SyncedRelation, tombstone: &Tombstone, changes: &[&Change<
     value::encode_image(&image.iter().map(|(a, v)| (*a, v.as_deref())).collect::<Vec<_>>())
 }
 
-/// Notes what an insert found of its key: the first tombstone is the one from before this life.
-pub fn note_met(rel: &SyncedRelation, key: &[u8], tombstone: &Tombstone) {
+/// Notes what an insert found of its key: the first is what was there before this life.
+pub fn note_met(rel: &SyncedRelation, key: &[u8], met: &Met) {
     buffer::with(|b| {
-        b.met.entry((rel.descriptor, key.to_vec())).or_insert_with(|| tombstone.clone());
+        b.met.entry((rel.descriptor, key.to_vec())).or_insert_with(|| met.clone());
     });
 }
 

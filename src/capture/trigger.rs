@@ -8,9 +8,10 @@
 //! | `!tandem_truncate` | AFTER TRUNCATE | the same for the whole table |
 //!
 //! All are ENABLE ALWAYS: only [`super::applying`] silences them.
-use super::buffer;
+use super::buffer::{self, Met};
 use super::change::{self, Facts, Row, build, datum};
 use super::netting;
+use crate::displaced;
 use crate::error::{Error, Result};
 use crate::pg::heap;
 use crate::pg::identity::ActingAs;
@@ -289,7 +290,9 @@ fn capture_insert(
     let key = change::key_of(rel, row);
     let mut version = stamped;
     let mut base = Versions::default();
-    if let Some(found) = tombstone::find(rel.relid, &key) {
+    let dead = tombstone::find(rel.relid, &key).map(Met::Tombstone);
+    if let Some(met) = dead.or_else(|| displaced::find(rel.relid, &key).map(|found| Met::Displaced(found.row))) {
+        let found = met.row();
         base = found.versions.clone();
         base.trim(&shmem::database().stable_points());
         if found.hlc >= version {
@@ -297,8 +300,9 @@ fn capture_insert(
             version = registry::stamp();
             restamp(data, rel, tuple, version)?;
         }
-        netting::note_met(rel, &key, &found);
+        netting::note_met(rel, &key, &met);
         tombstone::remove(rel.relid, &key);
+        displaced::remove(rel.relid, &key);
     }
     let facts = Facts { op: Op::Insert, version, life: version, base, cells: rel.cell_ids() };
     build(rel, facts, row, None, moved, |change| buffer::push_change(rel, change));

@@ -111,6 +111,7 @@ impl Driver {
         if let Some(contact) = &mut self.contact {
             contact.applier.flush();
         }
+        self.reconsider();
         let node = self.contact.as_ref().map(|c| c.node);
         let idle = self.session.is_idle();
         self.housekeeping.run(self.database, node, idle)?;
@@ -145,6 +146,23 @@ impl Driver {
         }
         self.step(Event::Paused(self.peer.paused));
         Ok(true)
+    }
+
+    /// Displaced rows may have found their place.
+    fn reconsider(&mut self) {
+        let Some(contact) = &mut self.contact else { return };
+        if self.peer.paused {
+            return;
+        }
+        match contact.applier.reconsider() {
+            Ok(()) => {}
+            // A user holds a lock: next time.
+            Err(error) if error.class == Class::Retry => {}
+            Err(error) => {
+                self.database.worker.note_error(&error);
+                pgrx::warning!("tandem exchange: displaced rows could not be asked again: {error}");
+            }
+        }
     }
 
     fn wait(&mut self) {

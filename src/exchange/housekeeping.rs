@@ -1,13 +1,14 @@
 //! What the worker does beside the stream, about once a second: it keeps the stable point durable, collects
-//! tombstones, truncates the journal, and writes the rare heartbeat.
+//! tombstones, truncates the journal, answers the peer's wishes for policies, and writes the rare heartbeat.
 use crate::clock::boot_ms;
-use crate::error::Result;
+use crate::error::{Class, Result};
 use crate::exchange::process;
 use crate::shmem::Database;
-use crate::{capture, journal, tombstone};
+use crate::{apply, capture, journal, policy, tombstone};
 use pgrx::prelude::*;
 use std::sync::atomic::Ordering::*;
 use tandem_model::hlc::NodeId;
+use tandem_model::policy_log::arbiter;
 
 /// Pace (ms) of everything here.
 const PACE_MS: i64 = 1_000;
@@ -49,8 +50,12 @@ impl Housekeeping {
         self.rates(database, now);
         persist_stable(database)?;
         process::transaction(journal::maintain)?;
+        if let (Some(own), Some(peer)) = (database.node(), peer) {
+            answer_wishes(own, peer)?;
+        }
         if let (true, Some(own), Some(peer)) = (idle, database.node(), peer) {
             process::transaction(|| tombstone::collect(TOMBSTONES_AT_ONCE, own, peer))?;
+            process::transaction(|| apply::forget_reinstated(TOMBSTONES_AT_ONCE))?;
             self.heartbeat(database, now)?;
         }
         process::report_statistics();
@@ -86,6 +91,21 @@ impl Housekeeping {
         self.heartbeat = capture::last_position().0;
         Ok(())
     }
+}
+
+/// As the arbiter, answers what the peer wishes for the policy log. A wish whose table is busy waits.
+fn answer_wishes(own: NodeId, peer: NodeId) -> Result<()> {
+    if arbiter(own, peer) != own {
+        return Ok(());
+    }
+    for (relid, wish) in process::transaction(|| policy::wishes(peer))? {
+        match process::transaction(|| policy::grant(relid, wish)) {
+            Ok(()) => {}
+            Err(busy) if busy.class == Class::Retry => {}
+            Err(error) => process::transaction(|| policy::refuse(relid, wish, &error))?,
+        }
+    }
+    Ok(())
 }
 
 /// A stable point is announced only once it can't be lost.

@@ -180,7 +180,7 @@ impl Batch {
         for item in items(body) {
             let id = match item? {
                 Item::Change(change) => change.descriptor,
-                Item::Truncate { descriptor, .. } => descriptor,
+                Item::Truncate { descriptor, .. } | Item::Policy { descriptor, .. } => descriptor,
                 Item::Record(_) => continue,
             };
             if self.told.insert(id) {

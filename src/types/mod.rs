@@ -3,7 +3,7 @@ mod cells;
 mod hlc;
 
 pub use cells::parse as parse_cells;
-pub use hlc::{SqlPosition, unix_millis};
+pub use hlc::{SqlHlc, SqlPosition, unix_millis};
 
 pgrx::extension_sql!(
     "create type hlc;\ncreate type \"position\";\ncreate type cells;",

@@ -2,11 +2,13 @@
 //! their own, each on tables of its own name, and clean up after themselves.
 
 /// Runs statements, each in a transaction of its own, in a new session on the test server.
+#[cfg(test)]
 macro_rules! session {
     ($($statement:literal),+ $(,)?) => {{
         pgrx_tests::run_test("a_test_server_is_there", None, crate::pg_test::postgresql_conf_options()).expect("a server");
         let (mut session, _) = pgrx_tests::client().expect("a session");
-        for statement in SETUP.into_iter().chain([$($statement),+]) {
+        let node = ["begin"].into_iter().chain(NODE).chain(["commit"]);
+        for statement in node.chain(SETUP).chain([$($statement),+]) {
             if let Err(e) = session.batch_execute(statement) {
                 panic!("{statement}: {e:?}");
             }
@@ -14,9 +16,9 @@ macro_rules! session {
     }};
 }
 
-const SETUP: [&str; 4] = [
+#[cfg(test)]
+const SETUP: [&str; 3] = [
     "set search_path = public, tandem",
-    "select tandem.create_node('tokyo', 1) where not exists (select from tandem.node)",
     "create or replace function pg_temp.journaled(since tandem.position) returns table (at tandem.position, bytes int, chunks int)
      language sql as $$
         select \"position\", length(payload), chunks from (
@@ -35,6 +37,7 @@ const SETUP: [&str; 4] = [
 
 #[pgrx::pg_schema]
 mod tests {
+    #[cfg(test)]
     use super::SETUP;
     use crate::api::tests::*;
 

@@ -68,6 +68,8 @@ pub enum Item<'a> {
     Truncate { descriptor: DescriptorId, version: Hlc },
     /// A conflict record or a decision on one: serde_json of [`crate::record::Record`].
     Record(#[serde(borrow)] &'a serde_bytes::Bytes),
+    /// An entry of a table's policy log, or the wish for one: serde_json of [`crate::policy_log::Entry`].
+    Policy { descriptor: DescriptorId, entry: &'a serde_bytes::Bytes },
 }
 
 impl Change<'_> {

@@ -1,4 +1,5 @@
 //! Table descriptors: what a change refers to, so that it outlives DDL.
+use crate::orphan::OnFk;
 use crate::versions::CellId;
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
@@ -44,6 +45,9 @@ pub struct Descriptor {
     /// Attribute numbers of the key, in key order.
     #[serde(deserialize_with = "crate::bounded::list")]
     pub key: Vec<u16>,
+    /// What becomes of a row whose parent was deleted unseen.
+    #[serde(default)]
+    pub on_fk: OnFk,
 }
 
 /// Why two descriptors of one table name don't go together; text for `tandem.tables`.
@@ -77,6 +81,9 @@ impl Descriptor {
         }
         if let Some(cell) = theirs.difference(&mine).next() {
             return differs(format!("{} is decided as one cell on the peer but not here", list(cell)));
+        }
+        if self.on_fk != other.on_fk {
+            return differs(format!("on_fk is '{}' here and '{}' on the peer", self.on_fk, other.on_fk));
         }
         Ok(())
     }
@@ -126,6 +133,7 @@ mod tests {
             table: "t".into(),
             columns: columns.collect(),
             key: key.to_vec(),
+            on_fk: OnFk::default(),
         }
     }
     fn why(a: &Descriptor, b: &Descriptor) -> String {
@@ -150,6 +158,9 @@ mod tests {
         other.columns[1].type_name = "bigint".into();
         assert_eq!(why(&a, &other), "column \"a\" is text here and bigint on the peer");
         assert_eq!(why(&a, &table(&base, &[1, 2])), "the key is (id) here and (a, id) on the peer");
+        let mut other = table(&base, &[1]);
+        other.on_fk = OnFk::Report;
+        assert_eq!(why(&a, &other), "on_fk is 'revive' here and 'report' on the peer");
         let grouped = table(&[base[0], base[1], ("b", "text", 2)], &[1]);
         assert_eq!(why(&a, &grouped), "(a) is decided as one cell here but not on the peer");
         assert_eq!(why(&grouped, &a), "(a, b) is decided as one cell here but not on the peer");

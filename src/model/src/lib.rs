@@ -5,6 +5,7 @@
 //! this crate, and execute what it decides.
 #![forbid(unsafe_code)]
 
+pub mod arbiter;
 mod bounded;
 pub mod change;
 mod clock;
@@ -13,9 +14,12 @@ pub mod descriptor;
 pub mod hlc;
 pub mod judge;
 pub mod net;
+pub mod orphan;
 pub mod policy;
+pub mod policy_log;
 pub mod record;
 pub mod session;
+pub mod showing;
 pub mod stable;
 pub mod versions;
 pub mod wire;

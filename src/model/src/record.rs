@@ -109,6 +109,10 @@ pub struct Record {
     pub losing: Hlc,
     /// The greatest version that is known to have won against it.
     pub winning: Hlc,
+    /// Key of the row that holds what this one may not hold with it (a unique value, the place of a parent);
+    /// then the record is of this pair of rows, not of all that the losing write met.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rival: Option<Box<RawValue>>,
     /// Names of the cells lost, sorted; empty: the row's existence.
     pub cells: Vec<String>,
     /// What the losing write held, by column, united over the pairs in which it was met: an image shows one
@@ -141,6 +145,24 @@ impl Record {
         }
         name.extend_from_slice(&losing.0.to_be_bytes());
         Uuid::new_v5(&NAMESPACE, &name)
+    }
+    /// The id that a record must have.
+    pub fn derived_id(&self) -> Uuid {
+        let id = Record::id(&self.schema, &self.table, self.key.get(), self.losing);
+        match &self.rival {
+            None => id,
+            Some(rival) => {
+                let mut name = self.winning.0.to_be_bytes().to_vec();
+                name.extend_from_slice(rival.get().as_bytes());
+                Uuid::new_v5(&id, &name)
+            }
+        }
+    }
+    /// Makes it the record of a constraint: `rival` is the key of the row that stands in the way, and for each
+    /// pair of rows and versions there is one record.
+    pub fn over(&mut self, rival: Box<RawValue>) {
+        self.rival = Some(rival);
+        self.conflict_id = self.derived_id();
     }
     /// The node whose write lost.
     pub fn losing_node(&self) -> NodeId {
@@ -303,6 +325,7 @@ mod tests {
             constraint_name: None,
             losing: Hlc(65),
             winning: Hlc(version),
+            rival: None,
             cells: vec![lost.into()],
             lost: BTreeMap::from([(lost.to_string(), raw("1.50"))]),
             replaced: BTreeMap::new(),
@@ -367,7 +390,7 @@ mod tests {
         ) -> Record {
             Record {
                 conflict_id: Uuid::nil(), schema: "s".into(), table: "t".into(), key: raw("{}"), conflict_type, constraint_name,
-                losing: Hlc(65), winning: Hlc(winning), cells: cells.into_iter().collect(), lost, replaced, base, tuples, result, policy, detected_at, decision,
+                losing: Hlc(65), winning: Hlc(winning), rival: None, cells: cells.into_iter().collect(), lost, replaced, base, tuples, result, policy, detected_at, decision,
             }
         }
     }

@@ -184,6 +184,7 @@ fn record(key: &[u8], loss: &Loss) -> Record {
         constraint_name: None,
         losing: loss.losing,
         winning: loss.winning,
+        rival: None,
         cells: loss.cells.iter().map(|c| c.to_string()).collect(),
         lost: BTreeMap::new(),
         replaced: BTreeMap::new(),
