@@ -156,6 +156,8 @@ create table policy (
     policy text not null,
     -- entries before this one are void: the table was taken out of sync by the arbiter
     reset bool not null,
+    -- a policy that decides at once: part of the table's shape, set on each node before the table is paired
+    fixed bool not null,
     -- the wish that this one answers
     wish hlc not null,
     -- why the wish was not granted

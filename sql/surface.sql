@@ -125,7 +125,7 @@ language sql volatile set search_path = pg_catalog, pg_temp as $$
                when 'missing_on_peer' then format('On the peer: SELECT tandem.add_table(%L);', format('%I.%I', schema_name, table_name))
                when 'missing_here' then format('SELECT tandem.add_table(%L);', format('%I.%I', schema_name, table_name))
                when 'schema_differs' then 'Bring columns, types and key of both sides together; it goes on by itself.'
-               when 'policy_differs' then 'Remove the table on one side and add it with the granularity or cells of the other.'
+               when 'policy_differs' then 'Set the policies of the other side with tandem.set_policy(); or remove the table on one side and add it with the granularity or cells of the other.'
                when 'join_required' then 'Remove the table on both sides, make their rows equal (or empty one), and add it again.'
            end
     from tandem.table_states() where state <> 'active' and exists (select from tandem.peer)

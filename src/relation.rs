@@ -6,11 +6,12 @@ use crate::value::Codec;
 use pgrx::prelude::*;
 use pgrx::{PgRelation, PgTupleDesc};
 use std::cell::{Cell, RefCell};
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::ffi::CStr;
 use std::rc::Rc;
 use tandem_model::descriptor::{ColumnShape, Descriptor, DescriptorId, Transport};
 use tandem_model::orphan::OnFk;
+use tandem_model::policy::{Policies, Policy};
 use tandem_model::policy_log::PolicyLog;
 use tandem_model::versions::CellId;
 
@@ -46,7 +47,9 @@ pub struct SyncedRelation {
     pub natts: usize,
     /// What becomes of a row whose parent was deleted unseen.
     pub on_fk: OnFk,
-    /// How its conflicts are decided.
+    /// How conflicts are decided at once.
+    pub judged_by: Policies,
+    /// How the arbiter settles them by a later write.
     pub policies: PolicyLog,
 }
 
@@ -68,7 +71,26 @@ impl SyncedRelation {
             columns: self.columns.iter().map(column).collect(),
             key: self.key.iter().map(|i| self.columns[*i].attnum as u16).collect(),
             on_fk: self.on_fk,
+            policies: self.fixed_policies(),
         }
+    }
+
+    /// What both nodes must agree on, in words.
+    fn fixed_policies(&self) -> BTreeMap<String, String> {
+        let judged_by = &self.judged_by;
+        let mut policies = BTreeMap::new();
+        for (what, policy) in [("rows are", &judged_by.existence), ("cells are", &judged_by.others)] {
+            if *policy != Policy::LastUpdateWins {
+                policies.insert(what.to_string(), policy.to_string());
+            }
+        }
+        for (cell, policy) in &judged_by.cells {
+            let mut names: Vec<_> = self.cell_columns(*cell).map(|c| c.name.as_str()).collect();
+            names.sort_unstable();
+            // Named even if it is the default: the table may have another.
+            policies.insert(format!("column {} is", names.join(", ")), policy.to_string());
+        }
+        policies
     }
 
     /// The cells of the columns outside the key, ascending.
@@ -166,8 +188,8 @@ fn build(relid: pg_sys::Oid) -> Result<Rc<SyncedRelation>> {
     };
     let mut relation = describe(relid, &granularity, cells.as_ref().map(|j| &j.0))?;
     relation.on_fk = on_fk.parse().map_err(|e| Error::bug(format!("on_fk: {e}")))?;
+    crate::policy::describe(&mut relation)?;
     relation.descriptor = descriptor_id(&relation)?;
-    relation.policies = crate::policy::of_table(relid)?;
     let relation = Rc::new(relation);
     CACHE.with_borrow_mut(|cache| cache.insert(relid, relation.clone()));
     Ok(relation)
@@ -249,6 +271,7 @@ pub fn describe(relid: pg_sys::Oid, granularity: &str, cells: Option<&serde_json
         cells_attnum,
         natts: tuple_desc.len(),
         on_fk: OnFk::default(),
+        judged_by: Policies::default(),
         policies: PolicyLog::default(),
     })
 }

@@ -1,5 +1,6 @@
 //! Policies: how a table's conflicts are decided.
 use super::{answer, node, table};
+use crate::apply::tables;
 use crate::error::{Error, Result};
 use crate::policy::{self, Outcome, Wanted, check};
 use crate::relation;
@@ -64,7 +65,15 @@ fn set(
         conflict_type: conflict_type.map(parse_type).transpose()?,
     };
     let set_by = Spi::get_one::<String>("select session_user::text")?.unwrap_or_default();
-    policy::set(relid, &wanted, &set_by)
+    policy::set(relid, &wanted, &set_by, is_paired)
+}
+
+/// True unless the peer's changes of the table have been waiting ever since it was added.
+fn is_paired(rel: &relation::SyncedRelation) -> Result<bool> {
+    use tables::State::*;
+    let lines = tables::states()?;
+    let line = lines.iter().find(|line| (&line.schema, &line.table) == (&rel.schema, &rel.table));
+    Ok(line.is_some_and(|line| !matches!(line.state, MissingOnPeer | PolicyDiffers | JoinRequired)))
 }
 
 /// A handler is named by the argument, or in parentheses; it is kept under its full name.

@@ -21,7 +21,6 @@ use std::sync::atomic::Ordering::Acquire;
 use tandem_model::change::{Change, Op};
 use tandem_model::hlc::{Hlc, Mark, NodeId};
 use tandem_model::judge::{Effect, Existence, RowState, Verdict, judge};
-use tandem_model::policy::Policies;
 use tandem_model::stable::Stable;
 use tandem_model::versions::CellId;
 
@@ -77,7 +76,7 @@ pub fn apply(table: &mut Table, route: &Route, sent: &Change<'_>, work: &mut Wor
     let verdict = {
         let rel = &table.synced;
         let mut same = |cell: CellId| stored.same(rel, &local, cell);
-        judge(&held.state, &local.change, &stable, &Policies::default(), &mut same)
+        judge(&held.state, &local.change, &stable, &rel.judged_by, &mut same)
     };
     if !verdict.losses.is_empty() {
         let pair = conflict::Pair {

@@ -17,7 +17,7 @@ pub enum State {
     MissingHere,
     /// Columns, types or key differ.
     SchemaDiffers,
-    /// The columns are decided in other groups, or foreign keys in another way.
+    /// The columns are decided in other groups or by other policies, or foreign keys in another way.
     PolicyDiffers,
     /// Both held rows when they were added, and not the same ones.
     JoinRequired,
@@ -73,6 +73,7 @@ pub fn compare_shapes(own: &Descriptor, initial: &Initial, peer: &PeerTable) -> 
         let mut shape = shape.clone();
         shape.columns.iter_mut().for_each(|c| c.cell = 0);
         shape.on_fk = OnFk::default();
+        shape.policies.clear();
         shape
     };
     if let Err(difference) = one_cell(own).agrees(&one_cell(&peer.shape)) {

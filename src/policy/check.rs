@@ -25,10 +25,10 @@ pub fn all(rel: &SyncedRelation, wanted: &Wanted) -> Result<()> {
 /// Policies that are named and not there yet.
 fn supported(policy: &Policy) -> Result<()> {
     match policy {
-        Policy::NodePriority(_) | Policy::Counter | Policy::DeleteWins | Policy::UpdateWins => Err(Error::operator(
+        Policy::Counter => Err(Error::operator(
             PgSqlErrorCode::ERRCODE_FEATURE_NOT_SUPPORTED,
             format!("policy {} is not supported yet", policy.name()),
-            "last_update_wins, greatest, least, set_union, first_update_wins, custom and manual are.",
+            "All others are: see the policies in the README.",
         )),
         _ => Ok(()),
     }

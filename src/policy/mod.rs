@@ -10,6 +10,9 @@
 //! The arbiter stamps an entry while it holds a lock that no writer of the table shares: every write is before
 //! it by version and by position, or after it by both. So the entry is on the other node before any write
 //! that it applies to, and whoever judges knows which side of it a write is on.
+//!
+//! All this is for arbitrated policies. Lattice policies say who wins at once: they are fixed before a table is
+//! paired, on both nodes, and compared as cells are ([`tandem_model::policy_log::fixed`]).
 pub mod check;
 mod wish;
 
@@ -24,8 +27,8 @@ use pgrx::prelude::*;
 use serde_bytes::Bytes;
 use tandem_model::change::Item;
 use tandem_model::hlc::{Hlc, NodeId};
-use tandem_model::policy::Policy;
-use tandem_model::policy_log::{Entry, PolicyLog, arbiter};
+use tandem_model::policy::{Kind, Policy};
+use tandem_model::policy_log::{Entry, PolicyLog, arbiter, fixed};
 use tandem_model::record::ConflictType;
 
 pub use wish::{grant, receive, refuse, wishes};
@@ -66,9 +69,25 @@ fn peer_node() -> Result<Option<NodeId>> {
 }
 
 /// Sets a policy of a synced table: in force at once, or asked of the arbiter. The caller's rights are checked.
-pub fn set(relid: pg_sys::Oid, wanted: &Wanted, set_by: &str) -> Result<Outcome> {
+/// `is_paired` tells whether changes of the peer may have been applied to the table.
+pub fn set(
+    relid: pg_sys::Oid,
+    wanted: &Wanted,
+    set_by: &str,
+    is_paired: impl FnOnce(&SyncedRelation) -> Result<bool>,
+) -> Result<Outcome> {
     let rel = relation::synced_by_oid(relid)?;
     check::all(&rel, wanted)?;
+    if wanted.is_fixed(&rel) {
+        wait_for_writers(&rel)?;
+        if is_paired(&rel)? {
+            return Err(is_paired_already(&rel, wanted));
+        }
+        let rel = relation::synced_by_oid(relid)?;
+        check::all(&rel, wanted)?;
+        fix(&rel, wanted, set_by)?;
+        return Ok(Outcome::InForce);
+    }
     if !is_arbiter()? {
         let version = registry::stamp();
         publish(&rel, &entry(wanted, version, set_by))?;
@@ -83,14 +102,67 @@ pub fn set(relid: pg_sys::Oid, wanted: &Wanted, set_by: &str) -> Result<Outcome>
     Ok(Outcome::InForce)
 }
 
+impl Wanted {
+    /// True if it is about who wins at once: a lattice policy, or the end of one.
+    fn is_fixed(&self, rel: &SyncedRelation) -> bool {
+        let default = self.policy == Policy::LastUpdateWins;
+        let judged_by = &rel.judged_by;
+        let known = match self.columns.is_empty() {
+            true => [&judged_by.existence, &judged_by.others].iter().any(|p| **p != Policy::LastUpdateWins),
+            false => {
+                rel.columns.iter().any(|c| self.columns.contains(&c.name) && judged_by.cells.contains_key(&c.cell))
+            }
+        };
+        self.policy.kind() == Kind::Lattice && self.conflict_type.is_none() && (!default || known)
+    }
+}
+
+fn is_paired_already(rel: &SyncedRelation, wanted: &Wanted) -> Error {
+    let name = rel.display_name();
+    Error::operator(
+        PgSqlErrorCode::ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE,
+        format!("policy {} is set before a table is paired, and table {name} is", wanted.policy.name()),
+        format!(
+            "On both servers: SELECT tandem.remove_table('{name}'); then tandem.add_table() and tandem.set_policy()."
+        ),
+    )
+}
+
+/// Makes a lattice policy part of the table's shape, which both nodes compare: each has it set by itself.
+fn fix(rel: &SyncedRelation, wanted: &Wanted, set_by: &str) -> Result<()> {
+    let places: Vec<Vec<String>> = match wanted.columns.is_empty() {
+        true => vec![Vec::new()],
+        false => wanted.columns.iter().map(|column| vec![column.clone()]).collect(),
+    };
+    for columns in places {
+        let only_rows = matches!(wanted.policy, Policy::DeleteWins | Policy::UpdateWins);
+        {
+            let _superuser = ActingAs::superuser();
+            Spi::run_with_args(
+                "delete from tandem.policy where relid = $1 and fixed and columns = $2
+                 and (not $3 or policy in ('delete_wins', 'update_wins'))",
+                &[rel.relid.into(), columns.clone().into(), only_rows.into()],
+            )?;
+        }
+        // Of a table it is the default; a column's own comes before what the table has.
+        if wanted.policy == Policy::LastUpdateWins && columns.is_empty() {
+            continue;
+        }
+        let wanted = Wanted { columns, ..wanted.clone() };
+        store(rel.relid, rel, &Entry { fixed: true, ..entry(&wanted, registry::stamp(), set_by) })?;
+    }
+    renew(rel.relid);
+    Ok(())
+}
+
 /// The table is taken out of sync: should it come back, it begins without policies, on both nodes. The other
 /// node keeps what it has: the arbiter alone writes the log.
 pub fn reset(relid: pg_sys::Oid, set_by: &str) -> Result<()> {
-    if !is_arbiter()? {
-        return Ok(());
+    {
+        let _superuser = ActingAs::superuser();
+        Spi::run_with_args("delete from tandem.policy where relid = $1 and fixed", &[relid.into()])?;
     }
-    let known = stored(relid)?;
-    if known.is_empty() {
+    if !is_arbiter()? || stored(relid)?.is_empty() {
         return Ok(());
     }
     let rel = relation::synced_by_oid(relid)?;
@@ -109,6 +181,7 @@ fn entry(wanted: &Wanted, version: Hlc, set_by: &str) -> Entry {
         conflict_type: wanted.conflict_type,
         policy: wanted.policy.clone(),
         reset: false,
+        fixed: false,
         wish: Hlc(0),
         refused: None,
         set_by: set_by.to_string(),
@@ -153,9 +226,10 @@ fn announce(rel: &SyncedRelation, entry: &Entry) -> Result<()> {
 /// Writes a row of the log, in place of the wish that it answers. What is there already stays.
 fn store(relid: pg_sys::Oid, rel: &SyncedRelation, entry: &Entry) -> Result<()> {
     const INSERT: &str = "
-        insert into tandem.policy (version, relid, columns, attnums, conflict_type, policy, reset, wish, refused, set_by, set_at)
-        values ($1::int8::tandem.hlc, $2, $3, $4, $5, $6, $7, $8::int8::tandem.hlc, $9, $10,
-                'epoch'::timestamptz + $11 * interval '1 microsecond')
+        insert into tandem.policy (version, relid, columns, attnums, conflict_type, policy, reset, fixed, wish, refused,
+            set_by, set_at)
+        values ($1::int8::tandem.hlc, $2, $3, $4, $5, $6, $7, $8, $9::int8::tandem.hlc, $10, $11,
+                'epoch'::timestamptz + $12 * interval '1 microsecond')
         on conflict do nothing";
     let _superuser = ActingAs::superuser();
     let attnum = |name: &String| rel.columns.iter().find(|c| c.name == *name).map_or(0, |c| c.attnum);
@@ -169,6 +243,7 @@ fn store(relid: pg_sys::Oid, rel: &SyncedRelation, entry: &Entry) -> Result<()> 
             entry.conflict_type.map(ConflictType::name).into(),
             entry.policy.to_string().into(),
             entry.reset.into(),
+            entry.fixed.into(),
             (entry.wish.0 as i64).into(),
             entry.refused.as_deref().into(),
             entry.set_by.as_str().into(),
@@ -194,14 +269,18 @@ fn renew(relid: pg_sys::Oid) {
     }
 }
 
-/// The log of a table as it is now, whatever the statement's snapshot: who asks holds a lock on the table.
-pub fn of_table(relid: pg_sys::Oid) -> Result<PolicyLog> {
+/// Completes a table's description with its policies as they are now, whatever the statement's snapshot: who
+/// judges by it holds a lock on the table.
+pub fn describe(rel: &mut SyncedRelation) -> Result<()> {
     // SAFETY: a snapshot of now for one query, popped below; an ERROR pops it as well.
     unsafe { pg_sys::PushActiveSnapshot(pg_sys::GetLatestSnapshot()) };
-    let entries = stored(relid)?;
+    let entries = stored(rel.relid)?;
     // SAFETY: pushed above.
     unsafe { pg_sys::PopActiveSnapshot() };
-    Ok(PolicyLog::new(entries))
+    let cell = |name: &str| rel.columns.iter().find(|c| c.name == name).map(|c| c.cell);
+    rel.judged_by = fixed(&entries, cell);
+    rel.policies = PolicyLog::new(entries);
+    Ok(())
 }
 
 /// What is stored of a table, by version. A column is known by its name, and once it was renamed by its number.
@@ -216,7 +295,7 @@ fn stored(relid: pg_sys::Oid) -> Result<Vec<Entry>> {
                        u.name)
                    from unnest(columns, attnums) with ordinality u (name, attnum, n) order by u.n),
                conflict_type, policy, reset, wish::int8, refused, set_by,
-               (extract(epoch from set_at) * 1000000)::int8
+               (extract(epoch from set_at) * 1000000)::int8, fixed
         from tandem.policy p where relid = $1 order by version";
     let _superuser = ActingAs::superuser();
     Spi::connect(|client| {
@@ -233,6 +312,7 @@ fn stored(relid: pg_sys::Oid) -> Result<Vec<Entry>> {
                     .parse()
                     .map_err(|e| Error::bug(format!("a stored policy cannot be read: {e}: {policy}")))?,
                 reset: row.get::<bool>(5)?.unwrap_or(false),
+                fixed: row.get::<bool>(10)?.unwrap_or(false),
                 wish: Hlc(number(6)? as u64),
                 refused: text(7)?,
                 set_by: text(8)?.unwrap_or_default(),
@@ -285,6 +365,7 @@ pub fn states() -> Result<Vec<(Hlc, State)>> {
         states.extend(entries.into_iter().map(|entry| {
             let state = match &entry {
                 e if e.refused.is_some() => State::Refused,
+                e if e.fixed => State::InForce,
                 e if e.version.node() != writer => State::Pending,
                 e if log.is_in_force(e) => State::InForce,
                 _ => State::Superseded,

@@ -9,6 +9,7 @@ use crate::relation::{self, SyncedRelation};
 use pgrx::prelude::*;
 use std::ffi::CString;
 use tandem_model::hlc::{Hlc, NodeId};
+use tandem_model::policy::{Kind, Policy};
 use tandem_model::policy_log::{Entry, arbiter};
 
 /// Bytes of an entry that are still read: as many columns as a table can have, and their names.
@@ -33,6 +34,9 @@ pub fn receive(
         return Err(damaged(format!("{} bytes", bytes.len())));
     }
     let mut entry: Entry = serde_json::from_slice(bytes).map_err(|e| damaged(e.to_string()))?;
+    if entry.fixed || (entry.policy.kind() == Kind::Lattice && entry.policy != Policy::LastUpdateWins) {
+        return Err(damaged(format!("policy {} does not travel", entry.policy)));
+    }
     let answers_us = entry.wish.is_zero() || (entry.wish.node() == own && arbiter(own, peer) == peer);
     if entry.version.node() != peer || !answers_us {
         return Err(damaged("its version is not the sending node's".to_string()));

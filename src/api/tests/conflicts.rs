@@ -32,6 +32,7 @@ fn record(
         cells: cells.iter().map(|c| c.to_string()).collect(),
         lost: BTreeMap::new(),
         replaced: BTreeMap::new(),
+        overruled: BTreeMap::new(),
         base,
         tuples,
         result,

@@ -22,7 +22,7 @@ use crate::shmem;
 use crate::value as codec;
 use pgrx::prelude::*;
 use serde_json::value::RawValue;
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::Ordering::Acquire;
 use tandem_model::arbiter::{Own, first_update_wins};
 use tandem_model::hlc::Hlc;
@@ -64,7 +64,8 @@ struct CellRuling {
     base: Hlc,
 }
 
-/// Finds the policies in force for a loss, at the arbiter's version of the pair.
+/// Finds the policies in force for a loss, at the arbiter's version of the pair: the arbiter's, if it has one,
+/// else the one by which the pair was judged.
 pub fn decided(pair: &Pair<'_>, loss: &Loss, work: &Work) -> Decided {
     let writer = arbiter(work.own, work.peer);
     let log = &pair.rel.policies;
@@ -76,17 +77,21 @@ pub fn decided(pair: &Pair<'_>, loss: &Loss, work: &Work) -> Decided {
         };
         // A handler says what a row holds, not whether it is there.
         let policy = match log.of_existence(kind, at) {
-            Policy::Custom(_) => Policy::LastUpdateWins,
-            policy => policy.clone(),
+            Policy::Custom(_) | Policy::LastUpdateWins => &pair.rel.judged_by.existence,
+            policy => policy,
         };
-        return Decided { cells: Vec::new(), existence: Some(policy) };
+        return Decided { cells: Vec::new(), existence: Some(policy.clone()) };
     }
     let of_cell = |cell: &CellId| {
         let (own, peer) = versions_of(pair, *cell);
         let at = version_of_pair(writer, own, peer);
         // Both nodes know columns by their names.
         let column = pair.rel.cell_columns(*cell).map(|c| c.name.as_str()).min();
-        (*cell, log.of_cell(column, kind, at).clone())
+        let policy = match log.of_cell(column, kind, at) {
+            Policy::LastUpdateWins => pair.rel.judged_by.cell(*cell),
+            policy => policy,
+        };
+        (*cell, policy.clone())
     };
     Decided { cells: loss.cells.iter().map(of_cell).collect(), existence: None }
 }
@@ -163,11 +168,14 @@ pub fn settle(work: &mut Work) -> Result<()> {
         let settled = subtransaction::run(|| write(&ruling, &mut gone));
         match settled {
             Ok(None) => {}
-            Ok(Some(result)) => {
+            Ok(Some(written)) => {
                 work.gone.append(&mut gone);
                 work.writes_own = true;
                 work.queued = true;
-                conflict::amend(ruling.record, work, |record| record.result = Some(result))?;
+                conflict::amend(ruling.record, work, |record| {
+                    record.result = Some(written.result);
+                    record.overruled = written.overruled;
+                })?;
             }
             Err(error) if error.class == Class::Retry => return Err(error),
             Err(error) => leave_open(&ruling, &error, work)?,
@@ -184,8 +192,14 @@ fn leave_open(ruling: &Ruling, error: &Error, work: &mut Work) -> Result<()> {
     })
 }
 
+/// What a later write left, and what it took the place of.
+struct Written {
+    result: Image,
+    overruled: BTreeMap<String, Box<RawValue>>,
+}
+
 /// Writes the row as the policies want it, as a later write; none if it is so already, or doesn't show.
-fn write(ruling: &Ruling, gone: &mut Vec<super::parents::Gone>) -> Result<Option<Image>> {
+fn write(ruling: &Ruling, gone: &mut Vec<super::parents::Gone>) -> Result<Option<Written>> {
     let Some(mut table) = Table::open(ruling.relid)? else { return Ok(None) };
     let written = write_in(&mut table, ruling, gone);
     // After an error the subtransaction's end closes it.
@@ -195,7 +209,7 @@ fn write(ruling: &Ruling, gone: &mut Vec<super::parents::Gone>) -> Result<Option
     written
 }
 
-fn write_in(table: &mut Table, ruling: &Ruling, gone: &mut Vec<super::parents::Gone>) -> Result<Option<Image>> {
+fn write_in(table: &mut Table, ruling: &Ruling, gone: &mut Vec<super::parents::Gone>) -> Result<Option<Written>> {
     let rel = table.synced.clone();
     let _owner = ActingAs::owner(rel.owner);
     let key: Vec<_> = ruling.key.iter().zip(&rel.key).map(|(v, i)| codec::decode(&rel.columns[*i], v)).collect();
@@ -230,8 +244,14 @@ fn write_in(table: &mut Table, ruling: &Ruling, gone: &mut Vec<super::parents::G
         let rows = heap::Table::open("reinstated", pg_sys::RowExclusiveLock);
         rows.insert(&[heap::int8(version.0), Some(pg_sys::Datum::from(i32::from(cell))), heap::int8(original.0)]);
     }
-    let tuple: Box<RawValue> = image::to_json(&rel, &image::of_row(&rel, &row))?;
-    Ok(Some(Image { rank: (0, version), tuple }))
+    let changed = rel
+        .columns
+        .iter()
+        .filter(|c| c.key_ordinal.is_none() && !codec::equal(c, value_of(&old, c.attnum), value_of(&row, c.attnum)));
+    let overruled = changed.map(|c| Ok((c.name.clone(), image::literal(c, value_of(&old, c.attnum))?)));
+    let overruled = overruled.collect::<Result<BTreeMap<_, _>>>()?;
+    let tuple = image::to_json(&rel, &image::of_row(&rel, &row))?;
+    Ok(Some(Written { result: Image { rank: (0, version), tuple }, overruled }))
 }
 
 /// What a policy wants a cell to hold; no values: what it holds.

@@ -48,6 +48,9 @@ pub struct Descriptor {
     /// What becomes of a row whose parent was deleted unseen.
     #[serde(default)]
     pub on_fk: OnFk,
+    /// How conflicts are decided at once, where not by the later write: what (rows, cells, columns) → policy.
+    #[serde(default)]
+    pub policies: BTreeMap<String, String>,
 }
 
 /// Why two descriptors of one table name don't go together; text for `tandem.tables`.
@@ -84,6 +87,13 @@ impl Descriptor {
         }
         if self.on_fk != other.on_fk {
             return differs(format!("on_fk is '{}' here and '{}' on the peer", self.on_fk, other.on_fk));
+        }
+        for what in self.policies.keys().chain(other.policies.keys()) {
+            let by = |shape: &Descriptor| shape.policies.get(what).cloned().unwrap_or("last_update_wins".into());
+            if by(self) != by(other) {
+                let (ours, theirs) = (by(self), by(other));
+                return differs(format!("{what} decided by {ours} here and by {theirs} on the peer"));
+            }
         }
         Ok(())
     }
@@ -134,6 +144,7 @@ mod tests {
             columns: columns.collect(),
             key: key.to_vec(),
             on_fk: OnFk::default(),
+            policies: BTreeMap::new(),
         }
     }
     fn why(a: &Descriptor, b: &Descriptor) -> String {
@@ -164,6 +175,10 @@ mod tests {
         let grouped = table(&[base[0], base[1], ("b", "text", 2)], &[1]);
         assert_eq!(why(&a, &grouped), "(a) is decided as one cell here but not on the peer");
         assert_eq!(why(&grouped, &a), "(a, b) is decided as one cell here but not on the peer");
+        let mut other = table(&base, &[1]);
+        other.policies.insert("rows are".into(), "delete_wins".into());
+        assert_eq!(why(&a, &other), "rows are decided by last_update_wins here and by delete_wins on the peer");
+        assert_eq!(why(&other, &a), "rows are decided by delete_wins here and by last_update_wins on the peer");
     }
 
     #[test]

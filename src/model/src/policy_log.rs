@@ -5,8 +5,9 @@
 //! pair, so both nodes judge it alike, whenever they meet it. What the other node sets is a *wish*: an entry
 //! under a version of its own, which counts for nothing until the arbiter has written one that grants it.
 use crate::hlc::{Hlc, NodeId};
-use crate::policy::{Policy, Subject};
+use crate::policy::{Policies, Policy, Subject};
 use crate::record::ConflictType;
+use crate::versions::CellId;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 /// One call of `tandem.set_policy`.
@@ -23,6 +24,9 @@ pub struct Entry {
     /// Every entry before this one is void: the table was taken out of sync.
     #[serde(default)]
     pub reset: bool,
+    /// Set before the table was paired: part of its shape, for every version, and not sent in the stream.
+    #[serde(default)]
+    pub fixed: bool,
     /// The wish that this answers; 0: none.
     #[serde(default)]
     pub wish: Hlc,
@@ -67,9 +71,9 @@ pub struct PolicyLog {
 }
 
 impl PolicyLog {
-    /// Takes what is stored of a table. What was refused doesn't count.
+    /// Takes what is stored of a table. What was refused doesn't count, what is fixed is another matter.
     pub fn new(mut entries: Vec<Entry>) -> PolicyLog {
-        entries.retain(|e| e.refused.is_none());
+        entries.retain(|e| e.refused.is_none() && !e.fixed);
         entries.sort_by_key(|e| e.version);
         PolicyLog { entries }
     }
@@ -118,6 +122,29 @@ impl PolicyLog {
     }
 }
 
+/// The lattice policies of a table. They say who wins at once, on both nodes, so they can't change while one of
+/// two unseen writes is older than the change: they are fixed before the first change is applied, as cells are.
+/// `cell` gives the cell of a column.
+pub fn fixed(entries: &[Entry], cell: impl Fn(&str) -> Option<CellId>) -> Policies {
+    let mut policies = Policies::default();
+    for entry in entries.iter().filter(|e| e.fixed) {
+        for column in &entry.columns {
+            if let Some(cell) = cell(column) {
+                policies.cells.insert(cell, entry.policy.clone());
+            }
+        }
+        if entry.columns.is_empty() {
+            if entry.policy.decides(Subject::Existence) {
+                policies.existence = entry.policy.clone();
+            }
+            if entry.policy.decides(Subject::Cells) {
+                policies.others = entry.policy.clone();
+            }
+        }
+    }
+    policies
+}
+
 /// A type, then all types.
 fn by_type(conflict_type: Option<ConflictType>) -> impl Iterator<Item = Option<ConflictType>> + Clone {
     conflict_type.map(Some).into_iter().chain([None])
@@ -138,6 +165,7 @@ mod tests {
             conflict_type,
             policy,
             reset: false,
+            fixed: false,
             wish: Hlc(0),
             refused: None,
             set_by: "postgres".into(),
@@ -208,6 +236,22 @@ mod tests {
         let in_force: Vec<_> = entries.iter().map(|e| log.is_in_force(e)).collect();
         assert_eq!(in_force, [false, true, true, true, true, true]);
         assert!(PolicyLog::new(entries[..2].to_vec()).is_in_force(&entries[0]), "column b has no other");
+    }
+
+    #[test]
+    fn what_is_fixed_holds_for_every_version() {
+        let fixed_entry = |columns, policy| Entry { fixed: true, ..entry(1, columns, None, policy) };
+        let node = NodeId(2);
+        let entries = [
+            fixed_entry(&[], Policy::NodePriority(node)),
+            fixed_entry(&[], Policy::DeleteWins),
+            fixed_entry(&["a"], Policy::LastUpdateWins),
+            entry(2, &["b"], None, Policy::Manual),
+        ];
+        let policies = fixed(&entries, |name| ["a", "b"].iter().position(|n| *n == name).map(|i| i as CellId + 2));
+        assert_eq!((&policies.existence, policies.cell(3)), (&Policy::DeleteWins, &Policy::NodePriority(node)));
+        assert_eq!(policies.cell(2), &Policy::LastUpdateWins);
+        assert_eq!(log(entries.to_vec()).of_existence(None, v(9, 1)), &Policy::LastUpdateWins);
     }
 
     #[test]

@@ -122,6 +122,9 @@ pub struct Record {
     /// What it had replaced, likewise.
     #[serde(default)]
     pub replaced: BTreeMap<String, Box<RawValue>>,
+    /// What the write that won at first held, where the arbiter's later write took its place.
+    #[serde(default)]
+    pub overruled: BTreeMap<String, Box<RawValue>>,
     pub base: Option<Image>,
     /// By node id.
     pub tuples: BTreeMap<u8, Image>,
@@ -182,6 +185,7 @@ impl Record {
         self.cells = unite(std::mem::take(&mut self.cells), other.cells);
         unite_values(&mut self.lost, other.lost);
         unite_values(&mut self.replaced, other.replaced);
+        unite_values(&mut self.overruled, other.overruled);
         raise_image(&mut self.base, other.base);
         raise_image(&mut self.result, other.result);
         for (node, image) in other.tuples {
@@ -196,11 +200,16 @@ impl Record {
         }
     }
 
-    /// The record as it is shown: the loser's image holds every value that was lost, the base what they replaced.
+    /// The record as it is shown: the loser's image holds every value that was lost, the winner's every one that
+    /// was overruled, the base what they replaced.
     pub fn settled(&self) -> Record {
         let mut shown = self.clone();
         if let Some(image) = shown.tuples.get_mut(&self.losing_node().0) {
             image.overlay(&self.lost);
+        }
+        let loser = self.losing_node().0;
+        if let Some((_, image)) = shown.tuples.iter_mut().find(|(node, _)| **node != loser) {
+            image.overlay(&self.overruled);
         }
         if let Some(base) = &mut shown.base {
             base.overlay(&self.replaced);
@@ -329,6 +338,7 @@ mod tests {
             cells: vec![lost.into()],
             lost: BTreeMap::from([(lost.to_string(), raw("1.50"))]),
             replaced: BTreeMap::new(),
+            overruled: BTreeMap::new(),
             base: None,
             tuples: BTreeMap::from([(1, Image { rank: (1, Hlc(version)), tuple: raw(image) })]),
             result: None,
@@ -381,7 +391,7 @@ mod tests {
             constraint_name in text(),
             winning in 0u64..3,
             cells in proptest::collection::btree_set("[abc]", 0..3),
-            (lost, replaced) in (values(), values()),
+            (lost, replaced, overruled) in (values(), values(), values()),
             (base, result) in (proptest::option::of(image()), proptest::option::of(image())),
             tuples in proptest::collection::btree_map(1u8..3, image(), 0..3),
             policy in "[xy]",
@@ -390,7 +400,7 @@ mod tests {
         ) -> Record {
             Record {
                 conflict_id: Uuid::nil(), schema: "s".into(), table: "t".into(), key: raw("{}"), conflict_type, constraint_name,
-                losing: Hlc(65), winning: Hlc(winning), rival: None, cells: cells.into_iter().collect(), lost, replaced, base, tuples, result, policy, detected_at, decision,
+                losing: Hlc(65), winning: Hlc(winning), rival: None, cells: cells.into_iter().collect(), lost, replaced, overruled, base, tuples, result, policy, detected_at, decision,
             }
         }
     }

@@ -40,7 +40,7 @@ impl Node {
                             let record = serde_json::from_slice(json).map_err(|e| e.to_string())?;
                             self.record(record);
                         }
-                        Item::Truncate { .. } => {}
+                        Item::Truncate { .. } | Item::Policy { .. } => {}
                     }
                 }
                 if !found.is_empty() {
@@ -188,6 +188,7 @@ fn record(key: &[u8], loss: &Loss) -> Record {
         cells: loss.cells.iter().map(|c| c.to_string()).collect(),
         lost: BTreeMap::new(),
         replaced: BTreeMap::new(),
+        overruled: BTreeMap::new(),
         base: None,
         tuples: BTreeMap::new(),
         result: None,

@@ -28,7 +28,7 @@ impl World {
             let life: Vec<_> = writes.iter().copied().filter(|w| w.life == row.life).collect();
             let shows = match &node.policies.existence {
                 Policy::DeleteWins => Some(life.iter().all(|w| w.op != Op::Delete)),
-                Policy::UpdateWins => outlived(row, &life),
+                Policy::UpdateWins => outlived(node, row, &life),
                 Policy::NodePriority(first)
                     if node.policies == table(Policy::NodePriority(*first), Policy::NodePriority(*first)) =>
                 {
@@ -62,11 +62,21 @@ fn written<'a>(row: &Stored, life: &[&'a Write], cell: CellId) -> Option<&'a Wri
     life.iter().copied().find(|w| w.cells.iter().any(|c| (c.0, c.2) == (cell, value)))
 }
 
-/// Under `update_wins`: whether some cell holds what no delete of the life had seen.
-fn outlived(row: &Stored, life: &[&Write]) -> Option<bool> {
-    let holds: Vec<&Write> = CELLS.iter().map(|cell| written(row, life, *cell)).collect::<Option<_>>()?;
+/// All the writes that a cell's content is made of: of a counter every one since it was set.
+fn made_of<'a>(node: &Node, row: &Stored, life: &[&'a Write], cell: CellId) -> Option<Vec<&'a Write>> {
+    if node.policies.cell(cell) != &Policy::Counter {
+        return written(row, life, cell).map(|w| vec![w]);
+    }
+    let counts = |w: &&Write| w.counted.iter().any(|c| c.0 == cell && Some(&c.1) == row.bases.get(&cell));
+    Some(life.iter().copied().filter(counts).collect())
+}
+
+/// Under `update_wins`: whether some cell holds what no delete of the life had seen whole.
+fn outlived(node: &Node, row: &Stored, life: &[&Write]) -> Option<bool> {
+    let cells: Vec<_> = CELLS.iter().map(|cell| made_of(node, row, life, *cell)).collect::<Option<_>>()?;
     let deletes: Vec<_> = life.iter().filter(|w| w.op == Op::Delete).collect();
-    Some(deletes.is_empty() || holds.iter().any(|w| !deletes.iter().any(|d| knew(d, w))))
+    let ended = |writes: &Vec<&Write>| deletes.iter().any(|d| writes.iter().all(|w| knew(d, w)));
+    Some(deletes.is_empty() || !cells.iter().all(ended))
 }
 
 /// A life of the other node stands only where it had seen every birth of the first one's.
