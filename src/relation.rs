@@ -227,9 +227,21 @@ fn descriptor_id(relation: &SyncedRelation) -> Result<DescriptorId> {
 
 /// Describes a table and checks that it can be kept in sync.
 ///
-/// Errors: 0A000 for a kind of relation that cannot, 55000 without a usable key, 42703/22023 for a wrong
+/// Errors: 42P01 if it is gone, 0A000 for a kind of relation that cannot, 55000 without a usable key, 42703/22023 for a wrong
 /// cell layout. The descriptor is 0: [`synced`] gives the stored one.
 pub fn describe(relid: pg_sys::Oid, granularity: &str, cells: Option<&serde_json::Value>) -> Result<SyncedRelation> {
+    // SAFETY: takes a lock whether the relation is there or not, and looks into the catalog after.
+    let gone = unsafe {
+        pg_sys::LockRelationOid(relid, pg_sys::AccessShareLock as pg_sys::LOCKMODE);
+        pg_sys::get_rel_name(relid).is_null()
+    };
+    if gone {
+        return Err(Error::operator(
+            PgSqlErrorCode::ERRCODE_UNDEFINED_TABLE,
+            format!("the table with OID {} has been dropped", relid.to_u32()),
+            "SELECT relation FROM tandem.tables; shows those that are there.",
+        ));
+    }
     // SAFETY: AccessShareLock is held until the end of the transaction (close keeps it).
     let rel = unsafe { PgRelation::with_lock(relid, pg_sys::AccessShareLock as pg_sys::LOCKMODE) };
     check_kind(&rel)?;

@@ -151,3 +151,25 @@ fn s63_a_table_that_leaves_is_clean() {
     pair.sync();
     assert_eq!(pair.b.rows("select count(*) from s63"), ["1"]);
 }
+
+#[test]
+fn a_table_that_is_dropped_meanwhile_is_left_out() {
+    let pair = shared();
+    pair.table("dropped_meanwhile", "id int primary key");
+    let mut dropping = pair.a.session();
+    dropping.exec("begin; drop table dropped_meanwhile");
+    // New sessions, which have not looked at the table before.
+    let asking = ["tables", "check()", "peer_tables()"].map(|what| {
+        let session = pair.a.session();
+        let pid = session.pid();
+        let answer = session.spawn(&format!("select * from tandem.{what}"));
+        pair.a.wait_blocked(pid);
+        answer
+    });
+    dropping.exec("commit");
+    for answer in asking {
+        answer.join().expect("no panic").1.expect("what is there is shown");
+    }
+    pair.b.exec("drop table dropped_meanwhile");
+    pair.wait_streaming();
+}

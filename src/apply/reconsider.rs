@@ -16,7 +16,7 @@ use tandem_model::record::Record;
 
 /// Rest between two rounds, and for how much longer than a round took: many displaced rows must not slow down
 /// what is applied.
-const PACE: Duration = Duration::from_millis(200);
+const PACE: Duration = Duration::from_millis(20);
 const RATIO: u32 = 10;
 
 /// When the displaced rows were asked last.
@@ -28,16 +28,24 @@ pub struct Rounds {
 }
 
 impl Applier {
+    /// How long until displaced rows are due to be asked; none if nothing has changed for them.
+    pub fn reconsiders_in(&self) -> Option<Duration> {
+        let waits = displaced::any() && self.rounds.seen != self.now();
+        let due = self.rounds.due.map_or(Duration::ZERO, |due| due.saturating_duration_since(Instant::now()));
+        waits.then_some(due)
+    }
+
+    /// Position of our last commit, and of what was applied last.
+    fn now(&self) -> (u64, u64) {
+        (shmem::database().last_position.load(Acquire), self.state.applied.position.0)
+    }
+
     /// Asks the displaced rows again, if there are any and something has changed since they were asked last.
     pub fn reconsider(&mut self) -> Result<()> {
-        let database = shmem::database();
-        if !displaced::any() || self.rounds.due.is_some_and(|due| Instant::now() < due) {
+        if self.reconsiders_in() != Some(Duration::ZERO) {
             return Ok(());
         }
-        let now = (database.last_position.load(Acquire), self.state.applied.position.0);
-        if now == self.rounds.seen {
-            return Ok(());
-        }
+        let now = self.now();
         let started = Instant::now();
         self.make_room();
         let asked = session::transaction(|| {
@@ -55,7 +63,7 @@ impl Applier {
         self.rounds.seen = now;
         if !left {
             // Nobody but this process sets rows aside.
-            database.has_displaced.store(false, Release);
+            shmem::database().has_displaced.store(false, Release);
         }
         Ok(())
     }

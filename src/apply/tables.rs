@@ -110,9 +110,14 @@ pub fn own() -> Result<Vec<OwnTable>> {
         }
         Ok(tables)
     })?;
-    for table in &mut tables {
-        table.relation = relation::synced_by_oid(table.relid).map_err(|e| e.message);
-    }
+    tables.retain_mut(|table| match relation::synced_by_oid(table.relid) {
+        // Dropped since the query.
+        Err(e) if e.sqlstate == PgSqlErrorCode::ERRCODE_UNDEFINED_TABLE => false,
+        described => {
+            table.relation = described.map_err(|e| e.message);
+            true
+        }
+    });
     Ok(tables)
 }
 

@@ -169,7 +169,11 @@ impl Driver {
         let now = boot_ms();
         let due = self.session.due_in(now).min(self.housekeeping.due_in(now)).min(self.look_at - now).max(0);
         let waited = match &mut self.contact {
-            Some(contact) => contact.link.wait(due),
+            Some(contact) => {
+                let asks = contact.applier.reconsiders_in().filter(|_| !self.peer.paused);
+                let asks = asks.map_or(i64::MAX, |due| i64::try_from(due.as_millis()).unwrap_or(i64::MAX).max(1));
+                contact.link.wait(due.min(asks))
+            }
             None => {
                 process::wait(None, due);
                 Ok(())

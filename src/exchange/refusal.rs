@@ -22,6 +22,11 @@ pub fn of_connecting(message: &str) -> Error {
         }
     }
     let message = format!("could not connect to the peer: {}", texts.join("; "));
+    // libpq's own words, without a code: the peer asked for a password and there is none.
+    if code.is_none() && message.contains("no password supplied") {
+        let hint = "Put it into ~/.pgpass of the account that this server runs under, or name a passfile in the connection string.";
+        return classify("28P01".to_string(), message, Some(hint.to_string()));
+    }
     classify(code.unwrap_or_else(|| "08001".to_string()), message, None)
 }
 

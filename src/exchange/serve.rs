@@ -333,7 +333,12 @@ fn tables() -> Result<Vec<TableRow>> {
     })?;
     let mut tables = Vec::new();
     for (relid, count, digest) in found {
-        let shape = crate::relation::synced_by_oid(relid)?.shape();
+        let shape = match crate::relation::synced_by_oid(relid) {
+            Ok(synced) => synced.shape(),
+            // Dropped since the query.
+            Err(e) if e.sqlstate == PgSqlErrorCode::ERRCODE_UNDEFINED_TABLE => continue,
+            Err(e) => return Err(e),
+        };
         let text = serde_json::to_string(&shape).map_err(|e| Error::bug(format!("a table has no shape: {e}")))?;
         tables.push((shape.schema, shape.table, text, count, digest));
     }
