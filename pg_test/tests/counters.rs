@@ -2,13 +2,15 @@
 
 use tandem_pg_test::{Pair, shared, tick};
 
-/// A table on both nodes whose column `n` is a counter.
+/// A table on both nodes whose column `n` is a counter, on each before it is paired.
 fn counter(pair: &Pair, name: &str, columns: &str) {
     pair.exec(&format!("create table {name} ({columns})"));
     for node in pair.nodes() {
-        node.exec(&format!("select tandem.add_table('{name}')"));
-        let set = format!("select tandem.set_policy('{name}', 'counter', columns => '{{n}}')");
-        assert_eq!(node.one(&set), "in force");
+        // In one transaction: the other node has nothing to pair it with yet.
+        node.exec(&format!(
+            "begin; select tandem.add_table('{name}');
+             select tandem.set_policy('{name}', 'counter', columns => '{{n}}'); commit"
+        ));
     }
     pair.wait_active(name);
 }
@@ -97,6 +99,7 @@ fn s29_counter_is_kept_when_everything_is_forgotten() {
     let pair = shared();
     counter(&pair, "s29_counter_kept", "id int primary key, n smallint");
     pair.a.exec("insert into s29_counter_kept values (1, 0)");
+    pair.sync();
     for turn in 1..=5 {
         pair.partition();
         pair.exec("update s29_counter_kept set n = n + 1");
