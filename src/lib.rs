@@ -51,6 +51,7 @@ mod api;
 mod apply;
 mod capture;
 mod clock;
+mod counter;
 mod displaced;
 mod error;
 mod exchange;

@@ -3,7 +3,7 @@
 use super::arbiter;
 use super::history;
 use super::image::{self, Content};
-use super::route::Local;
+use super::route::{Arrived, Local};
 use super::row::Work;
 use crate::clock;
 use crate::error::{Error, Result};
@@ -34,6 +34,8 @@ pub struct Pair<'a> {
     pub verdict: &'a Verdict,
     /// What is stored, of the row or of its tombstone.
     pub stored: &'a Content,
+    /// What the counters hold afterwards that the change added to.
+    pub counted: &'a Arrived,
 }
 
 /// Writes a record for each loss, here now and to the peer with this commit.
@@ -164,6 +166,7 @@ impl Pair<'_> {
             let mut content = self.stored.clone();
             let arrived = self.local.new.iter().filter(|(i, _)| cells.contains(&self.rel.columns[*i].cell));
             image::overlay(&mut content, &arrived.copied().collect::<Vec<_>>());
+            image::overlay(&mut content, self.counted);
             content
         };
         let live = self.state.existence == Existence::Live;

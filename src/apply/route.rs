@@ -11,7 +11,7 @@ use std::collections::HashMap;
 use std::rc::Rc;
 use tandem_model::change::{CellChange, Change, Op};
 use tandem_model::descriptor::{ColumnShape, Descriptor};
-use tandem_model::versions::{CellId, Versions};
+use tandem_model::versions::CellId;
 
 /// A value that arrived: the index of its local column, and what it is (`None`: NULL).
 pub type Arrived = Vec<(usize, Option<pg_sys::Datum>)>;
@@ -128,7 +128,8 @@ impl Route {
             }
             let Some(id) = self.cell_ids.get(&cell.cell) else { continue };
             self.decode(columns, &cell.new, &mut new);
-            cells.push(CellChange { cell: *id, version: cell.version, new: Vec::new(), old: Vec::new() });
+            let (version, delta) = (cell.version, cell.delta);
+            cells.push(CellChange { cell: *id, version, new: Vec::new(), old: Vec::new(), delta });
         }
         let change = Change {
             descriptor: sent.descriptor,
@@ -136,7 +137,7 @@ impl Route {
             key: Vec::new(),
             version: sent.version,
             life: sent.life,
-            base: self.translate_versions(&sent.base),
+            base: sent.base.translated(|cell| self.cell_ids.get(&cell).copied()),
             cells,
             moved: None,
         };
@@ -156,16 +157,6 @@ impl Route {
                 }
             })
             .collect()
-    }
-
-    fn translate_versions(&self, sent: &Versions) -> Versions {
-        let mut versions = Versions { birth: sent.birth, dead: sent.dead, ..Versions::default() };
-        for (cell, version) in &sent.cells {
-            if let Some(id) = self.cell_ids.get(cell) {
-                versions.set(*id, *version);
-            }
-        }
-        versions
     }
 
     fn decode(&self, columns: &[Column], values: &[Option<&Bytes>], out: &mut Arrived) {

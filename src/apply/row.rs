@@ -5,8 +5,9 @@ use super::conflict;
 use super::image::{self, Content};
 use super::merging;
 use super::parents::Gone;
-use super::route::{Local, Route};
+use super::route::{Arrived, Local, Route};
 use super::table::{Row, Table, set_value, value_of};
+use crate::counter;
 use crate::displaced::{self, Displaced};
 use crate::error::{Error, Result};
 use crate::pg::identity::ActingAs;
@@ -68,7 +69,7 @@ pub fn apply(table: &mut Table, route: &Route, sent: &Change<'_>, work: &mut Wor
     validate(sent, work)?;
     let _memory = table.enter_row_memory();
     let _owner = ActingAs::owner(table.synced.owner);
-    let local = route.translate(sent)?;
+    let mut local = route.translate(sent)?;
     let key = key_bytes(&table.synced, &local.key);
     let held = hold(table, &local, &key)?;
     let stable = work.stable();
@@ -78,8 +79,10 @@ pub fn apply(table: &mut Table, route: &Route, sent: &Change<'_>, work: &mut Wor
         let mut same = |cell: CellId| stored.same(rel, &local, cell);
         judge(&held.state, &local.change, &stable, &rel.judged_by, &mut same)
     };
+    let counted = counted(&table.synced, &verdict)?;
     if !verdict.losses.is_empty() {
         let pair = conflict::Pair {
+            counted: &counted,
             rel: &table.synced,
             local: &local,
             state: &held.state,
@@ -89,9 +92,25 @@ pub fn apply(table: &mut Table, route: &Route, sent: &Change<'_>, work: &mut Wor
         };
         conflict::record(&pair, work)?;
     }
+    local.new.retain(|(column, _)| !counted.iter().any(|(i, _)| i == column));
+    local.new.extend(counted);
     execute(table, &local, &key, held, &stored.content, &verdict, work)?;
     work.queued |= table.has_checks();
     refuse_trigger_writes(table, work)
+}
+
+/// What the counters hold that the change added to: what it says of them is what its node knows.
+fn counted(rel: &SyncedRelation, verdict: &Verdict) -> Result<Arrived> {
+    let (Effect::Update(taken) | Effect::Revive(taken) | Effect::UpdateTombstone(taken)) = &verdict.effect else {
+        return Ok(Vec::new());
+    };
+    let mut counted = Vec::new();
+    for counter in verdict.versions.counters.iter().filter(|c| taken.contains(&c.cell)) {
+        for (i, column) in rel.columns.iter().enumerate().filter(|(_, column)| column.cell == counter.cell) {
+            counted.push((i, counter::value(rel, column, counter)?));
+        }
+    }
+    Ok(counted)
 }
 
 /// What the peer says must be its own to say (I13).

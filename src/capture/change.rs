@@ -69,20 +69,22 @@ pub fn same_key(rel: &SyncedRelation, old: &Row, new: &Row) -> bool {
 }
 
 /// What a change says of the row besides its values.
-pub struct Facts {
+pub struct Facts<'a> {
     pub op: Op,
     pub version: Hlc,
     pub life: Hlc,
     pub base: Versions,
     /// Cells that the change carries.
     pub cells: Vec<CellId>,
+    /// What the row lists of its versions afterwards: of an update, it tells which cells were added to.
+    pub listed: Option<&'a Versions>,
 }
 
 /// Builds the change of a row and hands it to `f`. `old` is the row that was replaced (for an update the
 /// values of the changed cells travel as well); `moved` the row under the other key of a key update.
 pub fn build<R>(
     rel: &SyncedRelation,
-    facts: Facts,
+    facts: Facts<'_>,
     row: &Row,
     old: Option<&Row>,
     moved: Option<&Row>,
@@ -112,7 +114,13 @@ pub fn build<R>(
         base: facts.base,
         cells: cells
             .iter()
-            .map(|(cell, new, old)| CellChange { cell: *cell, version: facts.version, new: get(new), old: get(old) })
+            .map(|(cell, new, old)| CellChange {
+                cell: *cell,
+                version: facts.version,
+                new: get(new),
+                old: get(old),
+                delta: facts.listed.and_then(|listed| listed.delta(*cell, facts.version)),
+            })
             .collect(),
         moved: moved.as_ref().map(get),
     };

@@ -3,7 +3,7 @@
 //! [`trigger`] stamps rows and hands each change to [`buffer`], which follows savepoints; [`flush`] writes
 //! the buffer to the journal at pre-commit and takes the transaction's position.
 mod buffer;
-mod change;
+pub mod change;
 mod flush;
 mod netting;
 mod spool;
@@ -97,14 +97,10 @@ pub fn own_update(
 ) -> Hlc {
     let version = registry::stamp();
     listed.trim(&shmem::database().stable_points());
-    let base = Versions {
-        birth: listed.birth,
-        dead: listed.dead,
-        cells: cells.iter().map(|cell| (*cell, listed.cell(*cell))).collect(),
-        ..Versions::default()
-    };
+    let mut base = Versions { birth: listed.birth, dead: listed.dead, ..Versions::default() };
+    cells.iter().for_each(|cell| base.list(*cell, listed));
     cells.iter().for_each(|cell| listed.set(*cell, version));
-    let facts = change::Facts { op: Op::Update, version, life: base.birth, base, cells };
+    let facts = change::Facts { op: Op::Update, version, life: base.birth, base, cells, listed: None };
     change::build(rel, facts, new, Some(old), None, |change| buffer::push_change(rel, change));
     version
 }

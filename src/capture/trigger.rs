@@ -11,6 +11,7 @@
 use super::buffer::{self, Met};
 use super::change::{self, Facts, Row, build, datum};
 use super::netting;
+use crate::counter;
 use crate::displaced;
 use crate::error::{Error, Result};
 use crate::pg::heap;
@@ -158,7 +159,7 @@ fn stamp(data: &pg_sys::TriggerData) -> Result<pg_sys::HeapTuple> {
             } else {
                 let version = registry::stamp();
                 versions.trim(&shmem::database().stable_points());
-                changed.into_iter().for_each(|cell| versions.set(cell, version));
+                changed.into_iter().for_each(|cell| counter::stamp(&rel, &mut versions, cell, version, &old, &new));
                 (version, versions)
             }
         }
@@ -254,13 +255,9 @@ fn capture_update(data: &pg_sys::TriggerData, rel: &Rc<SyncedRelation>, old: &Ro
     before.trim(&shmem::database().stable_points());
     let after = listed(rel, new)?;
     let cells: Vec<_> = after.cells.iter().filter(|(_, v)| *v == version).map(|(cell, _)| *cell).collect();
-    let base = Versions {
-        birth: before.birth,
-        dead: before.dead,
-        cells: cells.iter().map(|cell| (*cell, before.cell(*cell))).collect(),
-        ..Versions::default()
-    };
-    let facts = Facts { op: Op::Update, version, life: before.birth, base, cells };
+    let mut base = Versions { birth: before.birth, dead: before.dead, ..Versions::default() };
+    cells.iter().for_each(|cell| base.list(*cell, &before));
+    let facts = Facts { op: Op::Update, version, life: before.birth, base, cells, listed: Some(&after) };
     build(rel, facts, new, Some(old), None, |change| buffer::push_change(rel, change));
     Ok(())
 }
@@ -268,12 +265,13 @@ fn capture_update(data: &pg_sys::TriggerData, rel: &Rc<SyncedRelation>, old: &Ro
 fn capture_delete(rel: &Rc<SyncedRelation>, row: &Row, version: Hlc, moved: Option<&Row>) -> Result<()> {
     let mut base = listed(rel, row)?;
     base.trim(&shmem::database().stable_points());
+    base.ended.clear();
     let mut versions = base.clone();
     versions.end(version);
     let key = change::key_of(rel, row);
     let image = change::image_of(rel, row);
     tombstone::put(rel.relid, &key, &Tombstone { hlc: version, versions, image, descriptor: rel.descriptor });
-    let facts = Facts { op: Op::Delete, version, life: base.birth, base, cells: Vec::new() };
+    let facts = Facts { op: Op::Delete, version, life: base.birth, base, cells: Vec::new(), listed: None };
     build(rel, facts, row, None, moved, |change| buffer::push_change(rel, change));
     Ok(())
 }
@@ -295,6 +293,7 @@ fn capture_insert(
         let found = met.row();
         base = found.versions.clone();
         base.trim(&shmem::database().stable_points());
+        base.ended.clear();
         if found.hlc >= version {
             // The INSERT was stamped, then waited while a DELETE of the key went through.
             version = registry::stamp();
@@ -304,7 +303,7 @@ fn capture_insert(
         tombstone::remove(rel.relid, &key);
         displaced::remove(rel.relid, &key);
     }
-    let facts = Facts { op: Op::Insert, version, life: version, base, cells: rel.cell_ids() };
+    let facts = Facts { op: Op::Insert, version, life: version, base, cells: rel.cell_ids(), listed: None };
     build(rel, facts, row, None, moved, |change| buffer::push_change(rel, change));
     Ok(())
 }

@@ -1,6 +1,7 @@
 //! Whether a policy can be set where it is wanted: the columns are there and are decided by themselves, the
 //! type fits, the handler is what the table's owner may call.
 use super::Wanted;
+use crate::counter;
 use crate::error::{Error, Result};
 use crate::relation::{Column, SyncedRelation};
 use pgrx::prelude::*;
@@ -9,7 +10,6 @@ use tandem_model::policy::{Misplaced, Policy, Target};
 /// Errors: 0A000 for what a policy can't do there, 42703 and 42701 and 42P10 for columns, 42804 for a type,
 /// 42883, 42P13 and 42501 for a handler, 22023 for part of a cell.
 pub fn all(rel: &SyncedRelation, wanted: &Wanted) -> Result<()> {
-    supported(&wanted.policy)?;
     placed(wanted)?;
     let columns = columns(rel, &wanted.columns)?;
     for column in &columns {
@@ -18,18 +18,6 @@ pub fn all(rel: &SyncedRelation, wanted: &Wanted) -> Result<()> {
     }
     match &wanted.policy {
         Policy::Custom(name) => handler(name, rel.owner).map(drop),
-        _ => Ok(()),
-    }
-}
-
-/// Policies that are named and not there yet.
-fn supported(policy: &Policy) -> Result<()> {
-    match policy {
-        Policy::Counter => Err(Error::operator(
-            PgSqlErrorCode::ERRCODE_FEATURE_NOT_SUPPORTED,
-            format!("policy {} is not supported yet", policy.name()),
-            "All others are: see the policies in the README.",
-        )),
         _ => Ok(()),
     }
 }
@@ -118,7 +106,7 @@ fn type_fits(policy: &Policy, column: &Column) -> Result<()> {
     let wants = match policy {
         Policy::Greatest | Policy::Least if !has_order(column.typid) => "a type with an order",
         Policy::SetUnion if !is_set(column.typid) => "an array of comparable elements, or jsonb",
-        Policy::Counter if !is_number(column.typid) => "smallint, integer, bigint or numeric",
+        Policy::Counter if !counter::is_number(column.typid) => "smallint, integer, bigint or numeric",
         _ => return Ok(()),
     };
     Err(Error::operator(
@@ -139,10 +127,6 @@ fn is_set(typid: pg_sys::Oid) -> bool {
     // SAFETY: a catalog lookup.
     let element = unsafe { pg_sys::get_element_type(typid) };
     typid == pg_sys::JSONBOID || (element != pg_sys::InvalidOid && has_order(element))
-}
-
-fn is_number(typid: pg_sys::Oid) -> bool {
-    [pg_sys::INT2OID, pg_sys::INT4OID, pg_sys::INT8OID, pg_sys::NUMERICOID].contains(&typid)
 }
 
 /// Finds the function of a name under the present search path, and returns its full name.

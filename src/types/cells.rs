@@ -1,4 +1,6 @@
-//! `tandem.cells`: text `birth=…,dead=…,3=…` (0 for an explicit 0), binary as the model encodes it.
+//! `tandem.cells`: text `birth=…,dead=…,3=…` (0 for an explicit 0), binary as the model encodes it. Of a cell
+//! that a delete had seen `3.ended=` follows, of one that was added to `3.base=` (its version), `3.value=`
+//! (the number) and for each node `3.sum=number epoch version`.
 use super::hlc::message_bytes;
 use pgrx::Internal;
 use pgrx::callconv::{Arg, ArgAbi, BoxRet, FcInfo};
@@ -8,7 +10,8 @@ use pgrx::pgrx_sql_entity_graph::metadata::{
 };
 use pgrx::prelude::*;
 use std::ffi::{CStr, CString};
-use tandem_model::versions::Versions;
+use tandem_model::counter::{Counter, Tally};
+use tandem_model::versions::{CellId, Versions};
 
 /// The bytes of a `tandem.cells` value: a varlena with the layout of bytea.
 pub struct SqlCells(Vec<u8>);
@@ -72,6 +75,10 @@ pub fn parse(input: &str) -> Option<Versions> {
     let mut versions = Versions::default();
     for part in input.split(',').filter(|p| !p.is_empty()) {
         let (name, value) = part.split_once('=')?;
+        if let Some((cell, what)) = name.split_once('.') {
+            parse_part(&mut versions, cell.parse().ok()?, what, value)?;
+            continue;
+        }
         let value = value.parse().ok()?;
         match name {
             "birth" => versions.birth = value,
@@ -79,7 +86,29 @@ pub fn parse(input: &str) -> Option<Versions> {
             cell => versions.set(cell.parse().ok()?, value),
         }
     }
-    Some(versions)
+    let mut bytes = Vec::new();
+    versions.encode(&mut bytes);
+    Versions::decode(&bytes).ok()
+}
+
+/// Reads what a list says of a cell besides its version.
+fn parse_part(versions: &mut Versions, cell: CellId, what: &str, value: &str) -> Option<()> {
+    match what {
+        "ended" => versions.ended.push(cell),
+        "base" => {
+            let base = value.parse().ok()?;
+            versions.counters.push(Counter { cell, base, value: String::new(), tallies: Vec::new() });
+        }
+        "value" => versions.counters.last_mut()?.value = value.to_string(),
+        "sum" => {
+            let mut parts = value.splitn(3, ' ');
+            let (sum, epoch, last) =
+                (parts.next()?.to_string(), parts.next()?.parse().ok()?, parts.next()?.parse().ok()?);
+            versions.counters.last_mut()?.tallies.push(Tally { epoch, last, sum });
+        }
+        _ => return None,
+    }
+    Some(())
 }
 
 #[pg_extern(immutable, strict, parallel_safe)]
@@ -94,6 +123,13 @@ fn cells_out(value: SqlCells) -> CString {
                 parts.push(format!("dead={}", v.dead));
             }
             parts.extend(v.cells.iter().map(|(cell, version)| format!("{cell}={version}")));
+            parts.extend(v.ended.iter().map(|cell| format!("{cell}.ended=")));
+            for counter in &v.counters {
+                let cell = counter.cell;
+                parts.push(format!("{cell}.base={},{cell}.value={}", counter.base, counter.value));
+                let sum = |t: &Tally| format!("{cell}.sum={} {} {}", t.sum, t.epoch, t.last);
+                parts.extend(counter.tallies.iter().map(sum));
+            }
         }
         Err(e) => {
             ereport!(ERROR, PgSqlErrorCode::ERRCODE_DATA_CORRUPTED, format!("stored tandem.cells cannot be read: {e}"));

@@ -129,7 +129,6 @@ mod tests {
         );
         run("select tandem.set_policy('shop', 'last_update_wins')");
         assert!(!value::<String>(shape).contains("delete_wins"));
-        refused("0A000", "select tandem.set_policy('shop', 'counter', '{n}')");
         run("select tandem.set_policy('shop', 'delete_wins'); select tandem.remove_table('shop')");
         assert_eq!(value::<i64>("select count(*) from tandem.policy"), 0);
     }

@@ -1,4 +1,5 @@
 //! What a transaction did: one net change per key.
+use crate::counter::Delta;
 use crate::descriptor::DescriptorId;
 use crate::hlc::{Hlc, NodeId};
 use crate::versions::{CellId, Versions};
@@ -30,6 +31,9 @@ pub struct CellChange<'a> {
     /// The values replaced; empty for an insert.
     #[serde(borrow, deserialize_with = "crate::bounded::list")]
     pub old: Vec<Option<&'a serde_bytes::Bytes>>,
+    /// The write added to a counter; without it, it set the cell.
+    #[serde(borrow)]
+    pub delta: Option<Delta<'a>>,
 }
 
 /// One change of one key.
@@ -45,7 +49,7 @@ pub struct Change<'a> {
     /// Birth of the life that this change belongs to (of an insert: its own first version).
     pub life: Hlc,
     /// The versions it replaced. Insert and delete: all that the node listed for the key (tombstone
-    /// included). Update: birth, dead, and an explicit entry for each changed cell.
+    /// included). Update: birth, dead, and an explicit entry (and counter) for each changed cell.
     pub base: Versions,
     /// Insert: every cell. Update: the changed ones. Delete: none.
     #[serde(borrow, deserialize_with = "crate::bounded::list")]
@@ -86,6 +90,11 @@ impl Change<'_> {
         if self.key.is_empty() || self.key.iter().any(Option::is_none) {
             return wrong("a key without a value");
         }
+        for cell in &self.cells {
+            if let Some(delta) = &cell.delta {
+                delta.check(cell.version, self.life, self.op == Op::Insert)?;
+            }
+        }
         let greatest = self.cells.iter().map(|c| c.version).max();
         match self.op {
             Op::Insert if !of_sender(self.life) || self.life > self.version => {
@@ -111,7 +120,7 @@ mod tests {
         Hlc(counter * 64 + 2)
     }
     fn change(op: Op) -> Change<'static> {
-        let cell = |cell, at| CellChange { cell, version: v(at), new: vec![None], old: vec![] };
+        let cell = |cell, at| CellChange { cell, version: v(at), new: vec![None], old: vec![], delta: None };
         Change {
             descriptor: 1,
             op,
@@ -128,6 +137,10 @@ mod tests {
         }
     }
 
+    fn delta(base: Hlc, sets: bool) -> Delta<'static> {
+        Delta { base, value: "1", sets, epoch: 0, sum: "2" }
+    }
+
     /// Breaks a change in one way.
     type Break = fn(&mut Change<'static>);
 
@@ -140,6 +153,15 @@ mod tests {
         let mut netted = change(Op::Insert);
         (netted.cells[1].version, netted.version) = (v(9), v(9));
         assert_eq!(netted.check(NodeId(2)), Ok(()));
+        let mut added = change(Op::Update);
+        added.cells[0].delta = Some(delta(Hlc(0), false));
+        assert_eq!(added.check(NodeId(2)), Ok(()));
+        added.cells[0].delta = Some(delta(Hlc(5 * 64 + 1), false));
+        assert_eq!(added.check(NodeId(2)), Ok(()), "added to the other node's base");
+        let mut set = change(Op::Insert);
+        (set.cells[1].version, set.version) = (v(9), v(9));
+        set.cells[1].delta = Some(delta(v(5), true));
+        assert_eq!(set.check(NodeId(2)), Ok(()));
         let mut forgotten = change(Op::Update);
         forgotten.life = Hlc(0);
         assert_eq!(forgotten.check(NodeId(2)), Ok(()));
@@ -147,7 +169,7 @@ mod tests {
 
     #[test]
     fn what_a_hostile_peer_makes_does_not() {
-        let cases: [(Op, Break); 13] = [
+        let cases: [(Op, Break); 19] = [
             (Op::Insert, |c| c.version = Hlc(0)),
             (Op::Insert, |c| c.life = Hlc(0)),
             (Op::Insert, |c| c.life = v(6)),
@@ -159,6 +181,15 @@ mod tests {
             (Op::Insert, |c| c.key = vec![None]),
             (Op::Update, |c| c.cells[0].version = Hlc(6 * 64 + 1)),
             (Op::Update, |c| c.version = v(8)),
+            (Op::Update, |c| c.cells[0].delta = Some(delta(v(6), false))),
+            (Op::Update, |c| c.cells[0].delta = Some(delta(v(4), true))),
+            (Op::Update, |c| c.cells[1].delta = Some(delta(Hlc(6 * 64 + 1), true))),
+            (Op::Update, |c| c.cells[0].delta = Some(Delta { sum: "1;", ..delta(Hlc(0), false) })),
+            (Op::Update, |c| c.cells[0].delta = Some(Delta { value: "", ..delta(Hlc(0), false) })),
+            (Op::Insert, |c| {
+                (c.cells[1].version, c.version) = (v(9), v(9));
+                c.cells[1].delta = Some(delta(v(5), false));
+            }),
             (Op::Delete, |c| c.life = v(8)),
             (Op::Delete, |c| c.cells = change(Op::Update).cells),
         ];

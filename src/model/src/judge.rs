@@ -221,10 +221,6 @@ impl Pair<'_> {
         (if unchanged { Effect::Keep } else { Effect::Restamp }, hlc, versions)
     }
 
-    fn change_has(&self, id: CellId) -> bool {
-        self.change.cells.iter().any(|c| c.cell == id)
-    }
-
     /// One loss for each losing write: cells of one version go together.
     fn lose(&mut self, conflict: ConflictType, loser: Side, losing: Hlc, winning: Hlc, cell: Option<CellId>) {
         let known = self.losses.iter_mut().find(|l| l.losing == losing && l.conflict == conflict);

@@ -9,6 +9,7 @@ pub mod arbiter;
 mod bounded;
 pub mod change;
 mod clock;
+pub mod counter;
 pub mod descriptor;
 pub mod hlc;
 pub mod judge;

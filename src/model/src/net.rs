@@ -14,9 +14,13 @@
 //! | row | U* D … I U* | insert (replace) | the row; nothing of the older life, `dead` = 0 |
 //! | row | U* D (I … D)+ | delete | as for `U* D`, dead = the last delete |
 //!
+//! A counter's update after a set within the transaction tells its base with it; sums run on, so of several
+//! deltas the last says all.
+//!
 //! In each tombstone `hlc` = `dead`. The image matters because an unseen update of the peer may revive
 //! the row from it: the peer revives the image that it knows, and that has nothing of this transaction.
 use crate::change::{Change, Op};
+use crate::counter::Delta;
 use crate::descriptor::DescriptorId;
 use crate::versions::Versions;
 use serde_bytes::Bytes;
@@ -103,7 +107,7 @@ impl<'a, 'h> KeyEffect<'a, 'h> {
             (Some(row), Op::Delete) if row.op == Op::Insert => self.unborn(row, next),
             (Some(row), Op::Delete) if row.op == Op::Update => {
                 for cell in &row.cells {
-                    next.base.set(cell.cell, row.base.cell(cell.cell));
+                    next.base.list(cell.cell, &row.base);
                 }
                 self.listed = next.base.clone();
                 self.ended = Some(next.clone());
@@ -132,10 +136,15 @@ fn merge<'a>(row: &mut Change<'a>, update: Change<'a>) {
     row.version = row.version.max(update.version);
     for cell in update.cells {
         match row.cells.iter_mut().find(|c| c.cell == cell.cell) {
-            Some(held) => (held.version, held.new) = (cell.version, cell.new),
+            Some(held) => {
+                // Added to what this transaction set, now or in a step before.
+                let sets = held.delta.is_none_or(|delta| delta.sets);
+                held.delta = cell.delta.map(|delta| Delta { sets, ..delta });
+                (held.version, held.new) = (cell.version, cell.new);
+            }
             None => {
                 if row.op == Op::Update {
-                    row.base.set(cell.cell, update.base.cell(cell.cell));
+                    row.base.list(cell.cell, &update.base);
                 }
                 row.cells.push(cell);
             }
@@ -195,6 +204,7 @@ mod tests {
             version: v(version),
             new: value(new),
             old: if op == Op::Update { value("old") } else { vec![] },
+            delta: None,
         });
         let cells = cells.collect();
         Change { descriptor: 1, op, key: value(key), version: v(version), life: v(life), base, cells, moved: None }

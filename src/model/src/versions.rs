@@ -2,6 +2,7 @@
 //!
 //! Sparse: a cell without an entry of its own was written by the birth (`cell()` gives `birth`, which
 //! is 0 once it is forgotten). An entry may be an explicit 0: forgotten while the birth is not.
+use crate::counter::Counter;
 use crate::hlc::Hlc;
 use crate::stable::Stable;
 use crate::wire::DecodeError;
@@ -24,6 +25,8 @@ pub struct Versions {
     /// Of a row that outlived a delete under `update_wins`: the listed cells that some delete had seen,
     /// sorted. Unlisted ones were seen by every delete. A tombstone has none: all of it was seen.
     pub ended: Vec<CellId>,
+    /// State of the cells that were added to, sorted by cell; never trimmed.
+    pub counters: Vec<Counter>,
 }
 
 /// [`Versions`] as it arrives, before its order is checked.
@@ -35,12 +38,14 @@ struct Listed {
     cells: Vec<(CellId, Hlc)>,
     #[serde(deserialize_with = "crate::bounded::list")]
     ended: Vec<CellId>,
+    #[serde(deserialize_with = "crate::bounded::list")]
+    counters: Vec<Counter>,
 }
 
 impl TryFrom<Listed> for Versions {
     type Error = DecodeError;
-    fn try_from(Listed { birth, dead, cells, ended }: Listed) -> Result<Versions, DecodeError> {
-        Versions { birth, dead, cells, ended }.ordered()
+    fn try_from(Listed { birth, dead, cells, ended, counters }: Listed) -> Result<Versions, DecodeError> {
+        Versions { birth, dead, cells, ended, counters }.ordered()
     }
 }
 
@@ -56,8 +61,10 @@ mod flag {
     pub const EACH: u8 = 8;
     /// 2 bytes of count and 2 bytes for each ended cell; before the cells.
     pub const ENDED: u8 = 16;
+    /// 4 bytes of length and the counters, as postcard writes them; before the cells.
+    pub const COUNTERS: u8 = 32;
     /// All of them.
-    pub const KNOWN: u8 = 31;
+    pub const KNOWN: u8 = 63;
 }
 
 impl Versions {
@@ -70,8 +77,18 @@ impl Versions {
         let at = self.cells.binary_search_by_key(&cell, |e| e.0).ok()?;
         self.cells.get(at).map(|e| e.1)
     }
-    /// Sets the entry of a cell: a write that no delete has seen.
+    /// The cells that were written since the birth, as far as that is known.
+    pub fn written(&self) -> impl Iterator<Item = CellId> {
+        let added = self.counters.iter().map(|c| c.cell).filter(|cell| self.entry(*cell).is_none());
+        self.cells.iter().map(|c| c.0).chain(added)
+    }
+    /// Sets a cell: its entry is this version, and nothing has been added to it.
     pub fn set(&mut self, cell: CellId, version: Hlc) {
+        self.counters.retain(|counter| counter.cell != cell);
+        self.set_entry(cell, version);
+    }
+    /// Sets the entry of a cell: a write that no delete has seen.
+    pub(crate) fn set_entry(&mut self, cell: CellId, version: Hlc) {
         self.ended.retain(|ended| *ended != cell);
         match self.cells.binary_search_by_key(&cell, |e| e.0) {
             Ok(at) => self.cells[at].1 = version,
@@ -99,6 +116,7 @@ impl Versions {
         // Every delete that may still come has seen what is stable.
         let cells = &self.cells;
         self.ended.retain(|id| cells.iter().any(|(cell, version)| cell == id && !stable.covers(*version)));
+        self.counters.iter_mut().for_each(|counter| counter.base = stable.read(counter.base));
         let birth = self.birth;
         self.cells.retain_mut(|entry| {
             entry.1 = stable.read(entry.1);
@@ -107,11 +125,13 @@ impl Versions {
     }
     /// True when every version is stable: a tombstone with these goes.
     pub fn collectable(&self, stable: &Stable) -> bool {
-        stable.covers(self.birth) && stable.covers(self.dead) && self.cells.iter().all(|&(_, v)| stable.covers(v))
+        let added = self.counters.iter().flat_map(|c| c.tallies.iter().map(|t| t.last).chain([c.base]));
+        let mut listed = self.cells.iter().map(|c| c.1).chain([self.birth, self.dead]).chain(added);
+        listed.all(|version| stable.covers(version))
     }
-    /// True when nothing is listed: `_cells` is NULL.
+    /// True when nothing is listed and nothing was added: `_cells` is NULL.
     pub fn is_empty(&self) -> bool {
-        self.birth.is_zero() && self.dead.is_zero() && self.cells.is_empty()
+        self.birth.is_zero() && self.dead.is_zero() && self.cells.is_empty() && self.counters.is_empty()
     }
     /// Appends the binary form that `tandem.cells` stores: 1 byte of flags, then as they say (big-endian).
     pub fn encode(&self, out: &mut Vec<u8>) {
@@ -129,6 +149,7 @@ impl Versions {
         };
         let present = |v: Hlc, bit| if v.is_zero() { 0 } else { bit };
         flags |= if self.ended.is_empty() { 0 } else { flag::ENDED };
+        flags |= if self.counters.is_empty() { 0 } else { flag::COUNTERS };
         out.push(flags | present(self.birth, flag::BIRTH) | present(self.dead, flag::DEAD));
         for v in [self.birth, self.dead].into_iter().filter(|v| !v.is_zero()) {
             out.extend_from_slice(&v.0.to_be_bytes());
@@ -137,6 +158,12 @@ impl Versions {
             // Cells are numbered by 16 bits, and each is listed once.
             out.extend_from_slice(&(self.ended.len() as u16).to_be_bytes());
             self.ended.iter().for_each(|cell| out.extend_from_slice(&cell.to_be_bytes()));
+        }
+        if !self.counters.is_empty() {
+            let counters = encode_counters(&self.counters);
+            // Far below 4 GB: `_cells` is one value of a row.
+            out.extend_from_slice(&(counters.len() as u32).to_be_bytes());
+            out.extend_from_slice(&counters);
         }
         if let Some(version) = uniform {
             out.extend_from_slice(&version.0.to_be_bytes());
@@ -171,6 +198,11 @@ impl Versions {
                 return Err(malformed("no cell ended"));
             }
         }
+        if flags & flag::COUNTERS != 0 {
+            let length = u32::from_be_bytes(take(&mut rest)?) as usize;
+            let (counters, tail) = rest.split_at_checked(length).ok_or_else(|| malformed("too short"))?;
+            (versions.counters, rest) = (decode_counters(counters)?, tail);
+        }
         if flags & (flag::UNIFORM | flag::EACH) != 0 {
             let each = flags & flag::EACH != 0;
             let uniform = if each { Hlc(0) } else { Hlc(u64::from_be_bytes(take(&mut rest)?)) };
@@ -190,13 +222,32 @@ impl Versions {
         versions.ordered()
     }
     fn ordered(self) -> Result<Versions, DecodeError> {
-        let ordered = self.cells.is_sorted_by(|a, b| a.0 < b.0) && self.ended.is_sorted_by(|a, b| a < b);
+        let ordered = self.cells.is_sorted_by(|a, b| a.0 < b.0)
+            && self.ended.is_sorted_by(|a, b| a < b)
+            && self.counters.is_sorted_by(|a, b| a.cell < b.cell);
+        self.counters.iter().try_for_each(Counter::check)?;
         if !ordered {
             return Err(malformed("cells out of order"));
         }
         let listed = self.ended.iter().all(|cell| self.entry(*cell).is_some());
         if listed { Ok(self) } else { Err(malformed("an ended cell is not listed")) }
     }
+}
+
+#[derive(Serialize, Deserialize)]
+struct Counters(#[serde(deserialize_with = "crate::bounded::list")] Vec<Counter>);
+
+fn encode_counters(counters: &[Counter]) -> Vec<u8> {
+    postcard::to_allocvec(counters).expect("counters have only types that always encode")
+}
+
+/// Reads what [`encode_counters`] writes, and nothing else that means the same.
+fn decode_counters(bytes: &[u8]) -> Result<Vec<Counter>, DecodeError> {
+    let Counters(counters) = postcard::from_bytes(bytes).map_err(|e| malformed(&e.to_string()))?;
+    if counters.is_empty() || encode_counters(&counters) != bytes {
+        return Err(malformed("counters that are not written so"));
+    }
+    Ok(counters)
 }
 
 fn malformed(why: &str) -> DecodeError {
@@ -212,6 +263,7 @@ fn take<const N: usize>(rest: &mut &[u8]) -> Result<[u8; N], DecodeError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::counter::Tally;
     use crate::hlc::NodeId;
     use proptest::prelude::*;
 
@@ -236,11 +288,11 @@ mod tests {
     #[test]
     fn an_explicit_zero_stays_while_the_birth_is_listed() {
         let mut versions =
-            Versions { birth: v(3, 2), dead: v(4, 1), cells: vec![(1, v(5, 1)), (2, v(9, 1))], ended: vec![] };
+            Versions { birth: v(3, 2), dead: v(4, 1), cells: vec![(1, v(5, 1)), (2, v(9, 1))], ..Versions::default() };
         versions.trim(&stable(5, 0));
         assert_eq!(
             versions,
-            Versions { birth: v(3, 2), dead: Hlc(0), cells: vec![(1, Hlc(0)), (2, v(9, 1))], ended: vec![] }
+            Versions { birth: v(3, 2), dead: Hlc(0), cells: vec![(1, Hlc(0)), (2, v(9, 1))], ..Versions::default() }
         );
         versions.trim(&stable(5, 3));
         assert_eq!(versions, Versions { cells: vec![(2, v(9, 1))], ..Versions::default() });
@@ -250,7 +302,7 @@ mod tests {
 
     #[test]
     fn a_tombstone_goes_when_all_of_it_is_stable() {
-        let tombstone = Versions { birth: v(3, 2), dead: v(8, 1), cells: vec![(1, v(5, 1))], ended: vec![] };
+        let tombstone = Versions { birth: v(3, 2), dead: v(8, 1), cells: vec![(1, v(5, 1))], ..Versions::default() };
         assert!(!tombstone.collectable(&stable(8, 2)));
         assert!(!tombstone.collectable(&stable(7, 3)));
         assert!(tombstone.collectable(&stable(8, 3)));
@@ -277,11 +329,26 @@ mod tests {
     fn any_versions() -> impl Strategy<Value = Versions> {
         let version = prop_oneof![Just(0u64), 1u64..4, any::<u64>()].prop_map(Hlc);
         let cells = proptest::collection::btree_map(any::<u16>(), (version.clone(), any::<bool>()), 0..6);
-        (version.clone(), version, cells).prop_map(|(birth, dead, cells)| Versions {
+        let tallies =
+            proptest::collection::btree_map((1u64..4, 0u32..3), (0u64..1 << 58, "-?[0-9]{1,9}(\\.[0-9]{1,3})?"), 1..4);
+        let tallies = tallies.prop_map(|all| {
+            let tally = |((node, epoch), (counter, sum)): ((u64, u32), (u64, String))| Tally {
+                epoch,
+                last: v(counter, node),
+                sum,
+            };
+            all.into_iter().map(tally).collect::<Vec<_>>()
+        });
+        let counters = proptest::collection::btree_map(any::<u16>(), (version.clone(), tallies), 0..3);
+        (version.clone(), version, cells, counters).prop_map(|(birth, dead, cells, counters)| Versions {
             birth,
             dead,
             cells: cells.iter().map(|(cell, (version, _))| (*cell, *version)).collect(),
             ended: cells.iter().filter(|(_, (_, ended))| *ended).map(|(cell, _)| *cell).collect(),
+            counters: counters
+                .into_iter()
+                .map(|(cell, (base, tallies))| Counter { cell, base, value: "7".into(), tallies })
+                .collect(),
         })
     }
 
@@ -313,6 +380,7 @@ mod tests {
                 dead: Hlc(versions.dead.0 % 640),
                 cells: versions.cells.iter().map(|&(c, v)| (c % 4, Hlc(v.0 % 640))).collect::<std::collections::BTreeMap<_, _>>().into_iter().collect(),
                 ended: vec![],
+                counters: vec![],
             };
             let stable = stable(own, peer);
             let mut trimmed = versions.clone();

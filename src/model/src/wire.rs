@@ -5,7 +5,7 @@ use crate::hlc::{Hlc, Mark, Position};
 use serde::{Deserialize, Serialize};
 
 /// Version of the protocol; a handshake with another is refused by name.
-pub const PROTOCOL: u32 = 2;
+pub const PROTOCOL: u32 = 3;
 
 /// Bytes that are not what they should be. From a peer: the stream stops, by name.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]

@@ -116,7 +116,7 @@ impl Node {
 }
 
 fn change(op: Op, version: Hlc, life: Hlc, base: Versions, cells: impl Iterator<Item = CellId>) -> Change<'static> {
-    let cells = cells.map(|cell| CellChange { cell, version, new: vec![None], old: vec![] }).collect();
+    let cells = cells.map(|cell| CellChange { cell, version, new: vec![None], old: vec![], delta: None }).collect();
     Change { descriptor: 1, op, key: vec![Some(Bytes::new(b"k"))], version, life, base, cells, moved: None }
 }
 

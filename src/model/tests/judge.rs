@@ -1,6 +1,7 @@
 //! Single verdicts: what the histories meet seldom or never.
 use serde_bytes::Bytes;
 use tandem_model::change::{CellChange, Change, Op};
+use tandem_model::counter::Delta;
 use tandem_model::hlc::{Hlc, NodeId};
 use tandem_model::judge::{Effect, Existence, Loss, RowState, Side, Verdict, judge};
 use tandem_model::policy::Policies;
@@ -25,8 +26,10 @@ fn row(existence: Existence, hlc: Hlc, versions: Versions) -> RowState {
     RowState { existence, hlc, versions }
 }
 fn change(op: Op, life: Hlc, cells: &[(u16, Hlc)], base: Versions) -> Change<'static> {
-    let cells: Vec<_> =
-        cells.iter().map(|&(cell, version)| CellChange { cell, version, new: vec![None], old: vec![] }).collect();
+    let cells: Vec<_> = cells
+        .iter()
+        .map(|&(cell, version)| CellChange { cell, version, new: vec![None], old: vec![], delta: None })
+        .collect();
     let version = cells.iter().map(|c| c.version).max().unwrap_or(life);
     Change { descriptor: 1, op, key: vec![Some(Bytes::new(b"k"))], version, life, base, cells, moved: None }
 }
@@ -169,4 +172,52 @@ fn equal_updates_only_restamp() {
     let v = judge(&held, &update, &stable(0, 0), &Policies::default(), &mut |_| true);
     assert_eq!((v.effect, v.hlc, v.losses.len(), v.merged), (Effect::Restamp, peer(5), 0, true));
     assert_eq!(v.versions, versions(own(1), Hlc(0), &[(2, peer(5))]));
+}
+
+fn added(base: Hlc, version: Hlc, sum: &'static str, listed: Versions) -> Change<'static> {
+    let mut update = change(Op::Update, own(1), &[(2, version)], listed);
+    update.cells[0].delta = Some(Delta { base, value: "10", sets: false, epoch: 0, sum });
+    update
+}
+
+#[test]
+fn what_both_sides_add_counts_once() {
+    let mut held = row(Existence::Live, own(4), versions(own(1), Hlc(0), &[]));
+    held.versions.add(2, own(4), 0, "10", "-3".into());
+    let theirs = added(own(1), peer(5), "-4", versions(own(1), Hlc(0), &[(2, own(1))]));
+    let v = verdict(&held, &theirs, stable(0, 0));
+    assert_eq!((&v.effect, v.losses.len(), v.merged), (&Effect::Update(vec![2]), 0, true));
+    let counter = v.versions.counter(2).expect("something was added");
+    let sum = |a: &str, b: &str| Ok::<_, ()>((a.parse::<i64>().unwrap() + b.parse::<i64>().unwrap()).to_string());
+    assert_eq!(counter.value(sum), Ok("3".into()));
+    let again = row(Existence::Live, v.hlc, v.versions);
+    assert_eq!(verdict(&again, &theirs, stable(0, 0)).effect, Effect::Keep);
+}
+
+#[test]
+fn a_delta_on_a_base_that_is_not_here_is_lost_on_record() {
+    // One that gave way to a later, and one that a peer makes up.
+    for base in [own(1), peer(4)] {
+        let held = row(Existence::Live, own(3), versions(own(1), Hlc(0), &[(2, own(3))]));
+        let theirs = added(base, peer(5), "-4", versions(own(1), Hlc(0), &[(2, own(1))]));
+        let v = verdict(&held, &theirs, stable(0, 0));
+        let told: Vec<_> = v.losses.iter().map(|l| (l.conflict, l.loser, l.losing, l.winning)).collect();
+        assert_eq!(told, [(UpdateOriginDiffers, Side::Remote, peer(5), own(3))]);
+        assert_eq!((v.effect, v.versions), (Effect::Restamp, held.versions));
+    }
+}
+
+#[test]
+fn a_set_loses_what_was_added_unseen_and_only_that() {
+    let mut held = row(Existence::Live, own(6), versions(own(1), Hlc(0), &[]));
+    held.versions.add(2, own(4), 0, "10", "1".into());
+    let mut seen = versions(own(1), Hlc(0), &[]);
+    seen.list(2, &held.versions);
+    let set = change(Op::Update, own(1), &[(2, peer(9))], seen);
+    let v = verdict(&held, &set, stable(0, 0));
+    assert_eq!((&v.effect, v.losses.len(), v.versions.counter(2)), (&Effect::Update(vec![2]), 0, None));
+    held.versions.add(2, own(7), 0, "11", "2".into());
+    let v = verdict(&held, &set, stable(0, 0));
+    let told: Vec<_> = v.losses.iter().map(|l| (l.conflict, l.loser, l.losing, l.winning)).collect();
+    assert_eq!(told, [(UpdateOriginDiffers, Side::Local, own(7), peer(9))]);
 }

@@ -35,7 +35,10 @@ impl Pair<'_> {
     pub(super) fn be_born(&self, effect: Effect) -> Outcome {
         let mut versions = Versions { birth: self.change.life, ..Versions::default() };
         for cell in self.change.cells.iter().filter(|c| c.version != self.change.life) {
-            versions.set(cell.cell, cell.version);
+            match &cell.delta {
+                Some(delta) => versions.join_delta(cell.cell, cell.version, delta, false),
+                None => versions.set(cell.cell, cell.version),
+            }
         }
         let hlc = match self.policies.existence {
             Policy::NodePriority(_) => self.row.hlc.max(self.change.version),
@@ -48,15 +51,13 @@ impl Pair<'_> {
     pub(super) fn replace(&mut self) -> Outcome {
         let held = &self.row.versions;
         let written = self.change.cells.iter().map(|c| c.cell);
-        let unwritten = held.cells.iter().map(|c| c.0);
+        let unwritten = held.written();
         let unwritten = unwritten.filter(|id| !self.change.cells.iter().any(|c| c.cell == *id));
         for id in written.chain(unwritten).collect::<Vec<_>>() {
-            let (mine, seen) = (held.cell(id), self.seen(id));
+            let seen = self.seen(id);
             self.met |= !seen;
-            let same = !seen && self.change_has(id) && (self.same_value)(id);
-            if !seen && !same {
-                let conflict = conflict_type(Write::Insert, kind(mine, held.birth));
-                self.lose(conflict, Side::Local, mine, self.change.life, Some(id));
+            if !seen && !self.agrees(id) {
+                self.lose_unseen(id, Write::Insert, self.change.life);
             }
         }
         self.be_born(Effect::Replace)
@@ -67,7 +68,7 @@ impl Pair<'_> {
         self.met = true;
         let birth = self.row.versions.birth;
         for cell in &self.change.cells {
-            if !(self.same_value)(cell.cell) {
+            if cell.delta.is_some() || !(self.same_value)(cell.cell) {
                 let loser = match self.change.op {
                     Op::Insert => kind(cell.version, self.change.life),
                     _ => Write::Update,

@@ -36,16 +36,14 @@ impl Pair<'_> {
             self.met = !self.stable.same(held.dead, self.change.base.dead);
             return self.restamp(hlc, versions);
         }
-        let unseen: Vec<CellId> = held.cells.iter().map(|c| c.0).filter(|id| !self.seen(*id)).collect();
+        let unseen: Vec<CellId> = held.written().filter(|id| !self.seen(*id)).collect();
         if let Some(winner) = self.outlives(&mut versions, &unseen) {
             self.lose(ConflictType::UpdateDeleted, Side::Remote, dead, winner, None);
             return self.restamp(hlc, versions);
         }
         // What another delete had seen was not lost by this one.
         for id in unseen.into_iter().filter(|id| held.ended.binary_search(id).is_err()) {
-            let mine = held.cell(id);
-            let conflict = conflict_type(Write::Delete, kind(mine, held.birth));
-            self.lose(conflict, Side::Local, mine, dead, Some(id));
+            self.lose_unseen(id, Write::Delete, dead);
         }
         versions.end(dead);
         (Effect::Delete, hlc, versions)
@@ -54,13 +52,13 @@ impl Pair<'_> {
     /// The version by which a living row outlives the change, a delete that hadn't seen these cells of it.
     fn outlives(&self, versions: &mut Versions, unseen: &[CellId]) -> Option<Hlc> {
         let (row, dead) = (self.row, self.change.version);
-        let greatest = |cells: &[CellId]| cells.iter().map(|id| row.versions.cell(*id)).max();
+        let greatest = |cells: &[CellId]| cells.iter().flat_map(|id| self.unseen(*id)).max();
         match self.policies.existence {
             Policy::DeleteWins => None,
             Policy::NodePriority(node) if dead.node() == node => None,
             Policy::NodePriority(_) => greatest(unseen),
             Policy::UpdateWins => {
-                let seen = row.versions.cells.iter().map(|c| c.0).filter(|id| !unseen.contains(id));
+                let seen = row.versions.written().filter(|id| !unseen.contains(id));
                 seen.for_each(|id| versions.end_cell(id));
                 let left: Vec<_> =
                     unseen.iter().copied().filter(|id| versions.ended.binary_search(id).is_err()).collect();
@@ -103,7 +101,7 @@ impl Pair<'_> {
         let mut all_same = true;
         for (cell, order) in change.cells.iter().zip(orders) {
             if order == Ordering::Greater {
-                versions.set(cell.cell, cell.version);
+                self.take(&mut versions, cell);
             }
             if order != Ordering::Equal {
                 all_same &= self.meet(cell, order, shows) || order == Ordering::Less;
@@ -123,21 +121,25 @@ impl Pair<'_> {
     /// of one content.
     fn meet(&mut self, cell: &CellChange<'_>, order: Ordering, shows: bool) -> bool {
         let held = &self.row.versions;
-        let (id, mine) = (cell.cell, held.cell(cell.cell));
+        let (id, mine) = (cell.cell, held.base_of(cell.cell));
         let seen = self.seen(id);
         // What a delete ends has no content to agree with: it is lost, whatever the tombstone shows.
-        let same = shows && !seen && (self.same_value)(id);
+        let same = shows && !seen && self.agrees(id);
         self.met |= !seen;
         if same {
             return true;
         }
         if !shows {
-            // The tombstone stands: whatever the cells say, the update is lost to the delete.
-            self.lose(ConflictType::DeleteOriginDiffers, Side::Remote, cell.version, held.dead, Some(id));
-        } else if !seen && order == Ordering::Greater {
-            let conflict = conflict_type(Write::Update, kind(mine, held.birth));
-            self.lose(conflict, Side::Local, mine, cell.version, Some(id));
-        } else if !seen {
+            // The tombstone stands: whatever the cells say, the update is lost to the delete. If it had seen the
+            // latest one, it is lost to another, whose version the peer will name.
+            let winner = if self.stable.same(held.dead, self.change.base.dead) { Hlc(0) } else { held.dead };
+            self.lose(ConflictType::DeleteOriginDiffers, Side::Remote, cell.version, winner, Some(id));
+        } else if order == Ordering::Greater {
+            // What both sides add counts.
+            if !self.adds(cell) {
+                self.lose_unseen(id, Write::Update, cell.version);
+            }
+        } else if !seen || cell.delta.is_some() {
             let conflict = conflict_type(kind(mine, held.birth), Write::Update);
             self.lose(conflict, Side::Remote, cell.version, mine, Some(id));
         }

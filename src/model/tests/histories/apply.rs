@@ -1,11 +1,12 @@
 //! The receiving side: a frame at a time, judged, executed, and judged again.
 use crate::node::{Check, Key, Node, Rule};
-use crate::world::{World, value_of};
+use crate::world::{World, counted, parse, value_of};
 use serde_bytes::Bytes;
 use std::collections::BTreeMap;
 use tandem_model::change::{Change, Item, Op};
 use tandem_model::hlc::Hlc;
 use tandem_model::judge::{Effect, Existence, Loss, RowState, Verdict, judge};
+use tandem_model::policy::{Policies, Policy};
 use tandem_model::record::{Decision, Record, Status};
 use tandem_model::versions::CellId;
 use tandem_model::wire::{Frame, items};
@@ -72,6 +73,9 @@ impl Node {
             change.life = row.versions.birth;
             change.op = if change.op == Op::Insert { Op::Update } else { change.op };
         }
+        if self.rule == Rule::DeltasAreValues {
+            change.cells.iter_mut().for_each(|c| c.delta = None);
+        }
         let verdict = self.judge(key, &change);
         if verdict.effect == Effect::Missing {
             return Err(format!("a key is missing: {change:?}"));
@@ -101,9 +105,33 @@ impl Node {
             Effect::Keep | Effect::Restamp | Effect::Missing => vec![],
         };
         for cell in change.cells.iter().filter(|c| taken.contains(&c.cell)) {
-            row.values.insert(cell.cell, value_of(cell));
+            let added = |a: &str, b: &str| Ok::<_, String>((parse(a) + parse(b)).to_string());
+            let value = match verdict.versions.counter(cell.cell) {
+                Some(counter) => counted(parse(&counter.value(added)?)),
+                None => value_of(cell),
+            };
+            row.values.insert(cell.cell, value);
+            match cell.delta {
+                None => drop(row.bases.insert(cell.cell, cell.version)),
+                Some(delta) if delta.sets => drop(row.bases.insert(cell.cell, delta.base)),
+                Some(_) => {}
+            }
         }
+        let before = row.hlc;
         (row.hlc, row.versions) = (verdict.hlc, verdict.versions);
+        match self.rule {
+            Rule::ForgetEnded => row.versions.ended.clear(),
+            Rule::LowHlc => {
+                let versions = row.versions.cells.iter().map(|c| c.1).chain([row.versions.birth, row.versions.dead]);
+                row.hlc = versions.max().unwrap_or_default();
+            }
+            _ => {}
+        }
+        // Under `node_priority` it doesn't fall with a new life either.
+        let new_life = change.op == Op::Insert && !matches!(self.policies.existence, Policy::NodePriority(_));
+        if row.hlc < before && !new_life {
+            return Err(format!("_hlc falls from {before} to {} by {change:?}", row.hlc));
+        }
         if self.rule == Rule::Eager && row.live {
             let mut eager = self.stable;
             eager.peer.1 = Hlc(u64::MAX);
@@ -137,7 +165,11 @@ impl Node {
             let new = change.cells.iter().find(|c| c.cell == id).map(value_of);
             new.is_some() && new == held.and_then(|r| r.values.get(&id).copied())
         };
-        judge(&state, change, &self.stable, &self.policies, &mut same)
+        let mut policies = self.policies.clone();
+        if self.rule == Rule::LaterLife && change.op == Op::Insert {
+            policies.existence = Policies::default().existence;
+        }
+        judge(&state, change, &self.stable, &policies, &mut same)
     }
 }
 

@@ -2,8 +2,10 @@
 //!
 //! `TANDEM_MODEL_HISTORIES` sets how many; a failure names its seed, `TANDEM_MODEL_SEED` runs one alone.
 mod apply;
+mod counters;
 mod node;
 mod pairs;
+mod policies;
 mod scenes;
 mod stream;
 mod world;
@@ -11,6 +13,7 @@ mod world;
 use node::{Check, Node, Rule};
 use rand::Rng;
 use tandem_model::change::Op;
+use tandem_model::policy::Policies;
 use world::World;
 
 const KEYS: u8 = 3;
@@ -28,9 +31,9 @@ const PROFILES: [[u32; 7]; 4] = [
 ];
 
 /// One history.
-fn run(seed: u64, rule: Rule) -> Check<usize> {
+fn run(seed: u64, rule: Rule, policies: &Policies) -> Check<usize> {
     let mut w = World::new(seed);
-    let mut nodes = [Node::new(1, 2, rule), Node::new(2, 1, rule)];
+    let mut nodes = [Node::new(1, 2, rule, policies), Node::new(2, 1, rule, policies)];
     nodes[1].skew = w.rng.random_range(-20..20);
     let profile = PROFILES[w.rng.random_range(0..PROFILES.len())];
     w.short = profile[1] == 0;
@@ -50,6 +53,8 @@ fn run(seed: u64, rule: Rule) -> Check<usize> {
     w.one_life(a)?;
     w.same_records([a, b])?;
     w.no_silent_loss(a)?;
+    w.policies_hold(a)?;
+    w.counters_add_up(a)?;
     // What an aborted transaction held back needs one more position on each side.
     nodes.iter_mut().for_each(|n| n.heartbeat(&w));
     for _ in 0..3 {
@@ -129,26 +134,39 @@ fn budget() -> u64 {
     std::env::var("TANDEM_MODEL_HISTORIES").ok().and_then(|n| n.parse().ok()).unwrap_or(60_000)
 }
 
-#[test]
-fn the_rules_hold_in_every_history() {
+/// All histories of the budget hold. Prints how many, and how many records they made.
+fn must_hold(name: &str, policies: &Policies) {
+    must_hold_in(budget(), name, policies);
+}
+
+fn must_hold_in(histories: u64, name: &str, policies: &Policies) {
     let seed = std::env::var("TANDEM_MODEL_SEED").ok().and_then(|n| n.parse().ok());
-    let seeds = seed.map_or(0..budget(), |seed: u64| seed..seed + 1);
+    let seeds = seed.map_or(0..histories, |seed: u64| seed..seed + 1);
     let (count, mut records) = (seeds.end - seeds.start, 0);
     for seed in seeds {
-        match run(seed, Rule::Sound) {
+        match run(seed, Rule::Sound, policies) {
             Ok(found) => records += found,
-            Err(why) => panic!("seed {seed}: {why}"),
+            Err(why) => panic!("{name}: seed {seed}: {why}"),
         }
     }
-    println!("{count} histories, {records} records");
-    assert!(count < 100 || records > count as usize / 4, "the histories have hardly a conflict");
+    println!("{name}: {count} histories, {records} records");
+    assert!(count < 100 || records > count as usize / 4, "{name}: the histories have hardly a conflict");
+}
+
+#[test]
+fn the_rules_hold_in_every_history() {
+    must_hold("last_update_wins", &Policies::default());
 }
 
 /// A broken rule fails in some history. How often, and how first, is printed; with the environment
 /// variable TANDEM_MODEL_COUNT it is counted in all of the budget.
 fn must_fail(rule: Rule) {
+    must_fail_by(rule, &Policies::default());
+}
+
+fn must_fail_by(rule: Rule, policies: &Policies) {
     let all = std::env::var("TANDEM_MODEL_COUNT").is_ok();
-    let mut failures = (0..budget()).filter_map(|seed| run(seed, rule).err().map(|why| (seed, why)));
+    let mut failures = (0..budget()).filter_map(|seed| run(seed, rule, policies).err().map(|why| (seed, why)));
     let first = failures.next();
     let more = if all { failures.count() } else { 0 };
     let Some((seed, why)) = first else { panic!("{rule:?}: no counterexample in {} histories", budget()) };

@@ -5,7 +5,7 @@ use serde_bytes::Bytes;
 use std::collections::{BTreeMap, VecDeque};
 use tandem_model::change::{Change, Op};
 use tandem_model::hlc::{Clock, Hlc, Mark, NodeId, Position};
-use tandem_model::policy::Policies;
+use tandem_model::policy::{Policies, Policy};
 use tandem_model::record::Record;
 use tandem_model::stable::Stable;
 use tandem_model::versions::{CellId, Versions};
@@ -36,6 +36,20 @@ pub enum Rule {
     NoScan,
     /// The tombstone of a delete keeps what the same transaction updated before.
     LeakyTombstone,
+    /// The nodes judge by different policies: the second by the default.
+    PolicyOfOne,
+    /// Nothing is kept of what a delete had seen that the row outlived.
+    ForgetEnded,
+    /// `_hlc` is that of what shows, whatever lost.
+    LowHlc,
+    /// Of two births the later wins, whatever the policy.
+    LaterLife,
+    /// Deltas are applied as values.
+    DeltasAreValues,
+    /// Bases don't tell what the node had seen added.
+    SumsUntold,
+    /// Sums are forgotten when they are stable.
+    SumsForgotten,
 }
 
 /// A row or a tombstone.
@@ -47,6 +61,8 @@ pub struct Stored {
     pub values: BTreeMap<CellId, Value>,
     /// Its birth, never forgotten: for the checks only.
     pub life: Hlc,
+    /// Versions of the sets of its counters, likewise.
+    pub bases: BTreeMap<CellId, Hlc>,
 }
 
 /// How far a commit has come.
@@ -98,11 +114,12 @@ pub struct Node {
 pub type Check<T = ()> = Result<T, String>;
 
 impl Node {
-    pub fn new(id: u8, peer: u8, rule: Rule) -> Node {
+    pub fn new(id: u8, peer: u8, rule: Rule, policies: &Policies) -> Node {
+        let by_default = rule == Rule::PolicyOfOne && id == 2;
         Node {
             id: NodeId(id),
             rule,
-            policies: Policies::default(),
+            policies: if by_default { Policies::default() } else { policies.clone() },
             clock: Clock::new(),
             skew: 0,
             rows: BTreeMap::new(),
@@ -155,13 +172,15 @@ impl Node {
         if row.live && w.rng.random_bool(0.5) {
             row.versions.trim(&self.stable);
         }
+        let mut base = row.versions.clone();
+        base.ended.clear();
         let mut change = Change {
             descriptor: 1,
             op,
             key: vec![Some(Bytes::new(w.key(key)))],
             version,
             life: row.versions.birth,
-            base: row.versions.clone(),
+            base,
             cells: vec![],
             moved: None,
         };
@@ -171,24 +190,41 @@ impl Node {
                 change.life = version;
                 row.life = version;
                 row.versions = Versions { birth: version, ..Versions::default() };
-                change.cells = CELLS.iter().map(|&c| w.cell(c, version, row.life, None)).collect();
+                let counts = |c| self.policies.cell(c) == &Policy::Counter;
+                change.cells =
+                    CELLS
+                        .iter()
+                        .map(|&c| {
+                            if counts(c) { w.set_counter(c, version, None) } else { w.cell(c, version, row.life, None) }
+                        })
+                        .collect();
+                row.bases = CELLS.iter().map(|c| (*c, version)).collect();
             }
             Op::Update => {
                 let count = w.rng.random_range(1..=CELLS.len());
                 let first = w.rng.random_range(0..CELLS.len());
                 let mut cells: Vec<_> = (first..first + count).map(|i| CELLS[i % CELLS.len()]).collect();
                 cells.sort();
-                change.base.cells = cells.iter().map(|&c| (c, row.versions.cell(c))).collect();
-                for &c in &cells {
-                    row.versions.set(c, version);
+                let mut base = Versions { cells: vec![], counters: vec![], ..change.base };
+                cells.iter().for_each(|&c| base.list(c, &row.versions));
+                if self.rule == Rule::SumsUntold {
+                    base.counters.clear();
                 }
-                change.cells =
-                    cells.iter().map(|&c| w.cell(c, version, row.life, row.values.get(&c).copied())).collect();
+                change.base = base;
+                for &c in &cells {
+                    let old = row.values.get(&c).copied();
+                    let counts = self.policies.cell(c) == &Policy::Counter;
+                    change.cells.push(match old {
+                        Some(old) if counts && !w.resets() => w.add_to_counter(c, version, old, &mut row.versions),
+                        old => {
+                            row.versions.set(c, version);
+                            row.bases.insert(c, version);
+                            if counts { w.set_counter(c, version, old) } else { w.cell(c, version, row.life, old) }
+                        }
+                    });
+                }
             }
-            Op::Delete => {
-                row.versions.dead = version;
-                w.deleted(version, row.life);
-            }
+            Op::Delete => row.versions.end(version),
         }
         for cell in &change.cells {
             row.values.insert(cell.cell, value_of(cell));
@@ -239,6 +275,9 @@ impl Node {
         if let Some(row) = self.rows.get_mut(&key) {
             if row.live {
                 row.versions.trim(&stable);
+                if self.rule == Rule::SumsForgotten {
+                    row.versions.counters.retain(|c| !c.tallies.iter().all(|t| stable.covers(t.last)));
+                }
             } else if row.versions.collectable(&stable) {
                 self.rows.remove(&key);
             }

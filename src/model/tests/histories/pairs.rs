@@ -3,6 +3,8 @@
 use crate::node::{Node, Rule};
 use crate::world::World;
 use tandem_model::change::Op;
+use tandem_model::hlc::NodeId;
+use tandem_model::policy::{Policies, Policy};
 use tandem_model::record::ConflictType::{self, *};
 
 const REPLACE: [Op; 2] = [Op::Delete, Op::Insert];
@@ -35,9 +37,9 @@ fn exchange(w: &mut World, a: &mut Node, b: &mut Node) {
 }
 
 /// The conflicts of two unseen transactions, the first one earlier: (type, lost by the first).
-fn conflicts(seed: u64, before: Before, first: &[Op], second: &[Op]) -> Vec<(ConflictType, bool)> {
+fn conflicts(policies: &Policies, seed: u64, before: Before, first: &[Op], second: &[Op]) -> Vec<(ConflictType, bool)> {
     let mut w = World::new(seed);
-    let (mut a, mut b) = (Node::new(1, 2, Rule::Sound), Node::new(2, 1, Rule::Sound));
+    let (mut a, mut b) = (Node::new(1, 2, Rule::Sound, policies), Node::new(2, 1, Rule::Sound, policies));
     if before != Before::Nothing {
         transaction(&mut w, &mut a, &[Op::Insert]);
         exchange(&mut w, &mut a, &mut b);
@@ -62,6 +64,7 @@ fn conflicts(seed: u64, before: Before, first: &[Op], second: &[Op]) -> Vec<(Con
     assert_eq!(w.one_life(&a), Ok(()), "{text}");
     assert_eq!(w.same_records([&a, &b]), Ok(()), "{text}");
     assert_eq!(w.no_silent_loss(&a), Ok(()), "{text}");
+    assert_eq!(w.policies_hold(&a), Ok(()), "{text}");
     let early = if seed % 8 < 4 { a.id } else { b.id };
     a.records.values().map(|r| (r.conflict_type, r.losing.node() == early)).collect()
 }
@@ -102,7 +105,7 @@ fn both_nodes_find_the_same_conflicts() {
         for (before, (first, second, expected)) in befores.iter().flat_map(|b| cases.iter().map(move |c| (*b, *c))) {
             let mut met = 0;
             for seed in 0..200 {
-                let found = conflicts(seed, before, first, second);
+                let found = conflicts(&Policies::default(), seed, before, first, second);
                 assert!(
                     found.iter().all(|c| expected.contains(c)),
                     "seed {seed}, {before:?}: {first:?}, {second:?}: {found:?}"
@@ -111,6 +114,42 @@ fn both_nodes_find_the_same_conflicts() {
             }
             let enough = if expected.is_empty() { met == 0 } else { met > 80 };
             assert!(enough, "{before:?}: {first:?}, {second:?}: {met} of 200");
+        }
+    }
+}
+
+#[test]
+fn a_policy_decides_who_loses() {
+    use Op::*;
+    // Under the policy an update and a delete, the earlier first; the conflict, and whether the first lost.
+    let cases = [
+        (Policy::DeleteWins, [Update, Delete], (DeleteOriginDiffers, true)),
+        (Policy::DeleteWins, [Delete, Update], (DeleteOriginDiffers, false)),
+        (Policy::UpdateWins, [Update, Delete], (UpdateDeleted, false)),
+        (Policy::UpdateWins, [Delete, Update], (UpdateDeleted, true)),
+    ];
+    for (existence, [first, second], expected) in cases {
+        let policies = Policies { existence, ..Policies::default() };
+        for seed in 0..200 {
+            let found = conflicts(&policies, seed, Before::Row, &[first], &[second]);
+            assert_eq!(found, [expected], "seed {seed}, {}: {first:?}, {second:?}", policies.existence);
+        }
+    }
+    // The first transaction is of node 1 in half of the seeds.
+    let policy = Policy::NodePriority(NodeId(1));
+    let policies = Policies { existence: policy.clone(), others: policy, ..Policies::default() };
+    let cases: [(Before, &[Op], &[Op]); 5] = [
+        (Before::Row, &[Update], &[Update]),
+        (Before::Row, &[Update], &[Delete]),
+        (Before::Row, &[Delete], &[Update]),
+        (Before::Row, &REPLACE, &REPLACE),
+        (Before::Nothing, &[Insert], &[Insert]),
+    ];
+    for (before, first, second) in cases {
+        for seed in 0..200 {
+            let found = conflicts(&policies, seed, before, first, second);
+            let by_first = seed % 8 >= 4;
+            assert!(found.iter().all(|c| c.1 == by_first), "seed {seed}: {first:?}, {second:?}: {found:?}");
         }
     }
 }

@@ -5,9 +5,10 @@
 use crate::node::{Entry, Node, Phase, Rule, Stored};
 use crate::world::World;
 use serde_bytes::Bytes;
-use tandem_model::change::Item;
+use tandem_model::change::{Item, Op};
 use tandem_model::hlc::{Hlc, Mark, Position};
 use tandem_model::net::net;
+use tandem_model::policy::Policy;
 use tandem_model::wire::{Frame, push_item};
 
 impl Node {
@@ -48,6 +49,12 @@ impl Node {
     fn finish_commit(&mut self, w: &mut World, tx: usize, mark: Mark, seen: Mark) {
         let tx = self.open.remove(tx);
         let changes = net(tx.changes);
+        for change in &changes {
+            let key = w.key_of(change);
+            let of = if change.op == Op::Delete { tx.before[&key].as_ref() } else { self.rows.get(&key) };
+            let counts = |c| self.policies.cell(c) == &Policy::Counter;
+            w.committed(self.id, mark.position, tx.knew[&key], change, of, counts);
+        }
         for (key, before) in tx.before {
             // The tombstones that `net` wants: see its table.
             let Some(after) = self.rows.get(&key).filter(|row| !row.live) else {
@@ -57,15 +64,12 @@ impl Node {
             match before {
                 Some(before) if before.live && self.rule != Rule::LeakyTombstone => {
                     let mut row = Stored { live: false, hlc: dead, ..before };
-                    row.versions.dead = dead;
+                    row.versions.end(dead);
                     self.rows.insert(key, row);
                 }
                 Some(before) if before.live => {}
                 before => self.put(key, before),
             }
-        }
-        for change in &changes {
-            w.committed(self.id, mark.position, tx.knew[&w.key_of(change)], change);
         }
         let items: Vec<_> = changes.into_iter().map(Item::Change).collect();
         self.append(mark, seen, &items);
