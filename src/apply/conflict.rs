@@ -9,10 +9,11 @@ use crate::clock;
 use crate::error::{Error, Result};
 use crate::pg::identity::ActingAs;
 use crate::relation::SyncedRelation;
+use crate::stash::Stashed;
 use pgrx::prelude::*;
 use serde_json::value::RawValue;
 use std::collections::BTreeMap;
-use tandem_model::change::Op;
+use tandem_model::change::{Item, Op};
 use tandem_model::hlc::Hlc;
 use tandem_model::judge::{Effect, Existence, Loss, RowState, Side, Verdict};
 use tandem_model::record::{ConflictType, Decision, Image, Record, Status};
@@ -273,6 +274,23 @@ pub fn open_of_constraints(rel: &SyncedRelation) -> Result<Vec<Record>> {
     })?;
     let parse = |text: String| serde_json::from_str(&text).map_err(|e| Error::bug(format!("a conflict record: {e}")));
     texts.into_iter().map(parse).collect()
+}
+
+/// A user inserts a key whose row is displaced, which is nothing that the user can have seen: what it held is
+/// lost to the insert. Called by capture, in the user's transaction.
+pub fn inserted_over(rel: &SyncedRelation, key: &[u8], row: &Stashed, by: Hlc) -> Result<()> {
+    let content = image::of_tombstone(rel, row)?;
+    let values: Vec<_> = crate::value::decode_key(key)?;
+    let key: Vec<_> =
+        rel.key.iter().zip(&values).map(|(i, bytes)| crate::value::decode(&rel.columns[*i], bytes)).collect();
+    let tuple = image::to_json(rel, &content)?;
+    let tuples = BTreeMap::from([(row.hlc.node().0, Image { rank: (1, row.hlc), tuple })]);
+    let record = record_of(rel, image::key_json(rel, &key)?, ConflictType::InsertExists, row.hlc, by, tuples);
+    let bytes = to_bytes(&record)?;
+    if history::upsert(record)? {
+        crate::capture::emit(&Item::Record(serde_bytes::Bytes::new(&bytes)));
+    }
+    Ok(())
 }
 
 /// Changes a record that this node made in this transaction, and has it travel.

@@ -11,6 +11,7 @@
 use super::buffer::{self, Met};
 use super::change::{self, Facts, Row, build, datum};
 use super::netting;
+use crate::apply::conflict;
 use crate::counter;
 use crate::displaced;
 use crate::error::{Error, Result};
@@ -291,13 +292,19 @@ fn capture_insert(
     let dead = tombstone::find(rel.relid, &key).map(Met::Tombstone);
     if let Some(met) = dead.or_else(|| displaced::find(rel.relid, &key).map(|found| Met::Displaced(found.row))) {
         let found = met.row();
-        base = found.versions.clone();
-        base.trim(&shmem::database().stable_points());
-        base.ended.clear();
+        // A displaced row is nothing that the user has seen: what it held is lost to this insert, on record.
+        if let Met::Tombstone(_) = met {
+            base = found.versions.clone();
+            base.trim(&shmem::database().stable_points());
+            base.ended.clear();
+        }
         if found.hlc >= version {
             // The INSERT was stamped, then waited while a DELETE of the key went through.
             version = registry::stamp();
             restamp(data, rel, tuple, version)?;
+        }
+        if let Met::Displaced(row) = &met {
+            conflict::inserted_over(rel, &key, row, version)?;
         }
         netting::note_met(rel, &key, &met);
         tombstone::remove(rel.relid, &key);

@@ -60,6 +60,8 @@ pub struct Driver {
     look_at: i64,
     tables_wanted: bool,
     tables_at: i64,
+    /// Why displaced rows could not be asked again, until they were.
+    unasked: Option<String>,
     /// Why the peer is not reached, until it is.
     failure: Option<Error>,
     /// Why the next transaction is not applied, and the state that makes; until it is.
@@ -91,6 +93,7 @@ impl Driver {
             look_at: now,
             tables_wanted: false,
             tables_at: now,
+            unasked: None,
             failure: None,
             trouble: None,
         }
@@ -155,12 +158,16 @@ impl Driver {
             return;
         }
         match contact.applier.reconsider() {
-            Ok(()) => {}
-            // A user holds a lock: next time.
-            Err(error) if error.class == Class::Retry => {}
+            Ok(()) => self.unasked = None,
             Err(error) => {
-                self.database.worker.note_error(&error);
-                pgrx::warning!("tandem exchange: displaced rows could not be asked again: {error}");
+                // Once, if it goes away by itself, is a user who holds a lock.
+                let again = self.unasked.replace(error.message.clone());
+                if again.as_ref() == Some(&error.message) || error.class != Class::Retry {
+                    self.database.worker.note_error(&error);
+                }
+                if again.as_ref() != Some(&error.message) {
+                    pgrx::log!("tandem exchange: displaced rows could not be asked again: {error}");
+                }
             }
         }
     }

@@ -131,9 +131,8 @@ impl Scene<'_> {
         let row = unique::row_of(table, &displaced.row)?;
         let kept = table.keep(&row);
         match listed.waits_for {
-            WaitsFor::Place => {}
-            WaitsFor::Parent if parents::may_show(self, listed.relid, kept)? => {}
-            WaitsFor::Parent => return Ok(()),
+            // Also who waits for a parent: rows that came meanwhile may hold what it claims.
+            WaitsFor::Place | WaitsFor::Parent => {}
             WaitsFor::Check => return self.merge_again(listed, &displaced),
         }
         self.careful.placeless.push((listed.relid, kept));

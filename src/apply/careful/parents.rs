@@ -1,6 +1,7 @@
 //! Foreign keys: children whose parent does not show, settled as `tandem_model::orphan` decides.
+use super::super::row::{Work, key_of};
 use super::super::table::{Row, Table};
-use super::super::{conflict, image, row::key_of};
+use super::super::{conflict, image};
 use super::rules::ForeignKey;
 use super::{Scene, own, question, rank_of, unique};
 use crate::displaced::{self, Displaced, WaitsFor};
@@ -11,7 +12,7 @@ use crate::value;
 use pgrx::prelude::*;
 use tandem_model::hlc::Hlc;
 use tandem_model::orphan::{OnFk, Parent, Remedy, remedy};
-use tandem_model::record::{ConflictType, Image, Status};
+use tandem_model::record::{ConflictType, Image};
 
 /// Looks after these rows that were written, and those that point at rows that went.
 pub fn settle(
@@ -131,12 +132,10 @@ pub fn may_show(scene: &mut Scene<'_>, relid: pg_sys::Oid, tuple: pg_sys::HeapTu
         if remedy(on_fk, state) != Remedy::Wait {
             continue;
         }
-        if parent.is_none() {
-            let table = scene.open_table(relid)?;
-            let mut record = orphan_record(table, key, &row)?;
-            record.decision.status = Status::Open;
-            conflict::keep_open(record, scene.work)?;
-        }
+        scene.open_table(relid)?;
+        let Scene { tables, work, .. } = scene;
+        let table = tables.get_mut(&relid).ok_or_else(|| Error::bug("a table was closed too early"))?;
+        note(table, key, &row, on_fk == OnFk::Report || parent.is_none(), work)?;
         return Ok(false);
     }
     Ok(true)
@@ -263,12 +262,13 @@ fn wait(
     super::as_owner(table, Table::delete);
     work.queued |= table.has_checks();
     careful.took(table, &row)?;
-    if told {
-        let mut record = orphan_record(table, key, &row)?;
-        record.decision.status = Status::Open;
-        return conflict::keep_open(record, work);
-    }
-    Ok(())
+    note(table, key, &row, told, work)
+}
+
+/// On record: what waits may be overwritten by somebody who doesn't see it.
+fn note(table: &Table, key: &ForeignKey, row: &Row, told: bool, work: &mut Work) -> Result<()> {
+    let record = orphan_record(table, key, row)?;
+    if told { conflict::keep_open(record, work) } else { conflict::keep(record, work) }
 }
 
 /// The record of a child that lost its parent.

@@ -1,7 +1,7 @@
 //! Unique and exclusion constraints: the walk of `tandem_model::showing` over a real table.
 use super::super::table::{Row, Table};
 use super::super::{conflict, image};
-use super::{Scene, as_owner, key_values, question, rank_of};
+use super::{Scene, as_owner, key_values, parents, question, rank_of};
 use crate::displaced::{self, Displaced, WaitsFor};
 use crate::error::{self, Error, Result};
 use crate::stash::Stashed;
@@ -117,6 +117,10 @@ impl showing::Shelf for TableShelf<'_, '_> {
 
     fn show(&mut self, rank: Rank, tuple: pg_sys::HeapTuple) -> Result<()> {
         let relid = self.relid;
+        let waits = displaced::find(relid, &rank.key).is_some_and(|known| known.waits_for == WaitsFor::Parent);
+        if waits && !parents::may_show(self.scene, relid, tuple)? {
+            return Ok(()); // It has its place, and still no parent.
+        }
         let table = self.table()?;
         let _memory = table.enter_row_memory();
         let row = table.kept(tuple);
