@@ -1,5 +1,5 @@
--- The catalog. What pg_dump keeps: node, peer, synced_table, policy, conflict. What lives and dies with this
--- server: descriptors, journal, progress, tombstones, held changes.
+-- The catalog. What pg_dump keeps: node, peer, synced_table, policy, conflict and what is counted of it. What
+-- lives and dies with this server: descriptors, journal, progress, tombstones, held changes.
 
 create table node (
     singleton bool primary key default true check (singleton),
@@ -201,8 +201,11 @@ create table skipped (
 );
 comment on table skipped is 'transactions that were passed over with tandem.skip(), whole';
 
+-- A ring of parts by the time of the losing write, thirty days each, which never changes for an id: so an id
+-- is unique, and a part that has run its time is truncated whole. (Partitions that come and go by the month
+-- would not survive pg_dump as parts of an extension.)
 create table conflict (
-    conflict_id uuid primary key,
+    conflict_id uuid not null,
     schema_name text not null,
     table_name text not null,
     conflict_type text not null,
@@ -222,9 +225,41 @@ create table conflict (
     -- the record whole, as it travels (serde_json of tandem_model::record::Record)
     record json not null,
     -- what of it is shown: "base", "result", and one image by node id
-    images json not null
-);
+    images json not null,
+    -- by the losing version; that of version 0 is 0
+    part int2 not null default 0,
+    -- last change here: what retention counts from
+    changed_at timestamptz not null default clock_timestamp(),
+    primary key (conflict_id, part)
+) partition by list (part);
 create index on conflict (schema_name, table_name);
 create index on conflict (detected_at);
-create index on conflict (status) where status = 'open';
+create index on conflict (schema_name, table_name, detected_at, conflict_id) where status = 'open';
+create index on conflict (changed_at) where status <> 'open';
 comment on table conflict is 'one row per losing write, the same on both nodes; look at it through tandem.conflicts';
+do $$
+begin
+    for i in 0..11 loop
+        execute format('create table conflict_%1$s partition of conflict for values in (%1$s)', i);
+        execute format('comment on table conflict_%s is %L', i, 'part of tandem.conflict: the losing writes of thirty days in a year');
+    end loop;
+end $$;
+
+create table conflict_count (
+    schema_name text not null,
+    table_name text not null,
+    conflict_type text not null,
+    removed int8 not null,
+    last_detected_at timestamptz not null,
+    primary key (schema_name, table_name, conflict_type)
+);
+comment on table conflict_count is 'conflicts that retention has removed; counted on in tandem.stat_conflicts';
+
+create table conflict_removed (
+    conflict_id uuid primary key,
+    -- serde_json of tandem_model::record::Decision
+    decision json not null,
+    removed_at timestamptz not null default clock_timestamp()
+);
+create index on conflict_removed (removed_at);
+comment on table conflict_removed is 'what was decided about conflicts that retention has removed, should one be told again';

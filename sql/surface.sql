@@ -19,7 +19,7 @@ select p.name as peer,
        (select count(*) from tandem.displaced) as displaced,
        (select count(*) from tandem.held h where h.peer = p.name) as held,
        (select count(*) from tandem.conflict c where c.status = 'open') as open_conflicts,
-       pg_catalog.pg_total_relation_size('tandem.conflict') as history_bytes
+       (select sum(pg_catalog.pg_total_relation_size(t.relid))::int8 from pg_catalog.pg_partition_tree('tandem.conflict') t) as history_bytes
 from tandem.peer p
 left join tandem.peer_status() s on s.peer = p.name
 left join lateral (
@@ -85,25 +85,36 @@ where (select pg_catalog.pg_has_role('tandem_reader', 'usage') or pg_catalog.pg_
 create view open_conflicts with (security_barrier) as
 select * from tandem.conflicts where status = 'open' order by detected_at, conflict_id;
 
--- Named as in pg_stat_subscription_stats.
+-- Named as in pg_stat_subscription_stats. They don't fall when retention removes a record.
 create view stat_conflicts with (security_barrier) as
 select relation, schema_name, table_name,
-       count(*) filter (where conflict_type = 'insert_exists') as confl_insert_exists,
-       count(*) filter (where conflict_type = 'update_origin_differs') as confl_update_origin_differs,
-       count(*) filter (where conflict_type = 'update_exists') as confl_update_exists,
-       count(*) filter (where conflict_type = 'update_deleted') as confl_update_deleted,
-       count(*) filter (where conflict_type = 'update_missing') as confl_update_missing,
-       count(*) filter (where conflict_type = 'delete_origin_differs') as confl_delete_origin_differs,
-       count(*) filter (where conflict_type = 'delete_missing') as confl_delete_missing,
-       count(*) filter (where conflict_type = 'multiple_unique_conflicts') as confl_multiple_unique_conflicts,
-       count(*) filter (where conflict_type = 'foreign_key_violation') as confl_foreign_key_violation,
-       count(*) filter (where conflict_type = 'check_violation') as confl_check_violation,
-       count(*) filter (where conflict_type = 'truncate_origin_differs') as confl_truncate_origin_differs,
-       count(*) filter (where conflict_type = 'initial_differs') as confl_initial_differs,
-       count(*) as conflicts,
-       count(*) filter (where status = 'open') as open,
-       max(detected_at) as last_detected_at
-from tandem.conflicts
+       coalesce(sum(number) filter (where conflict_type = 'insert_exists'), 0)::int8 as confl_insert_exists,
+       coalesce(sum(number) filter (where conflict_type = 'update_origin_differs'), 0)::int8 as confl_update_origin_differs,
+       coalesce(sum(number) filter (where conflict_type = 'update_exists'), 0)::int8 as confl_update_exists,
+       coalesce(sum(number) filter (where conflict_type = 'update_deleted'), 0)::int8 as confl_update_deleted,
+       coalesce(sum(number) filter (where conflict_type = 'update_missing'), 0)::int8 as confl_update_missing,
+       coalesce(sum(number) filter (where conflict_type = 'delete_origin_differs'), 0)::int8 as confl_delete_origin_differs,
+       coalesce(sum(number) filter (where conflict_type = 'delete_missing'), 0)::int8 as confl_delete_missing,
+       coalesce(sum(number) filter (where conflict_type = 'multiple_unique_conflicts'), 0)::int8 as confl_multiple_unique_conflicts,
+       coalesce(sum(number) filter (where conflict_type = 'foreign_key_violation'), 0)::int8 as confl_foreign_key_violation,
+       coalesce(sum(number) filter (where conflict_type = 'check_violation'), 0)::int8 as confl_check_violation,
+       coalesce(sum(number) filter (where conflict_type = 'truncate_origin_differs'), 0)::int8 as confl_truncate_origin_differs,
+       coalesce(sum(number) filter (where conflict_type = 'initial_differs'), 0)::int8 as confl_initial_differs,
+       sum(number)::int8 as conflicts,
+       sum(open)::int8 as open,
+       max(last_detected_at) as last_detected_at
+from (
+    select relation, schema_name, table_name, conflict_type, count(*) as number,
+           count(*) filter (where status = 'open') as open, max(detected_at) as last_detected_at
+    from tandem.conflicts group by 1, 2, 3, 4
+    union all
+    select c.oid::regclass, r.schema_name, r.table_name, r.conflict_type, r.removed, 0, r.last_detected_at
+    from tandem.conflict_count r
+    left join pg_catalog.pg_namespace s on s.nspname = r.schema_name
+    left join pg_catalog.pg_class c on c.relnamespace = s.oid and c.relname = r.table_name
+    where (select pg_catalog.pg_has_role('tandem_reader', 'usage') or pg_catalog.pg_has_role('tandem_admin', 'usage'))
+       or pg_catalog.pg_has_role(c.relowner, 'usage')
+) f
 group by relation, schema_name, table_name;
 
 -- Preflight -----------------------------------------------------------------------------------------
@@ -166,7 +177,14 @@ select pg_catalog.pg_extension_config_dump('node', '');
 select pg_catalog.pg_extension_config_dump('peer', '');
 select pg_catalog.pg_extension_config_dump('synced_table', '');
 select pg_catalog.pg_extension_config_dump('policy', '');
-select pg_catalog.pg_extension_config_dump('conflict', '');
+do $$
+begin
+    for i in 0..11 loop
+        perform pg_catalog.pg_extension_config_dump(format('conflict_%s', i), '');
+    end loop;
+end $$;
+select pg_catalog.pg_extension_config_dump('conflict_count', '');
+select pg_catalog.pg_extension_config_dump('conflict_removed', '');
 
 -- Rights --------------------------------------------------------------------------------------------
 
@@ -193,7 +211,9 @@ end $$;
 
 -- These look at rights themselves: the owner of a table decides about it.
 grant execute on function
-    resolve(uuid, text, json, text, bool), resolve_all(regclass, text, text), ignore(uuid, text), show_conflict(uuid),
+    resolve(uuid, text, json, text, bool),
+    resolve_all(regclass, text, text, text, timestamptz, timestamptz, text[]),
+    ignore(uuid, text), show_conflict(uuid),
     last_position(), wait_for("position", interval), wait_for_peer(interval)
 to public;
 grant select on conflicts, open_conflicts, stat_conflicts to public;
@@ -243,7 +263,7 @@ comment on column conflicts.remote_tuple is 'the row as the peer had it';
 comment on column conflicts.result_tuple is 'the row as the conflict left it, on both nodes';
 comment on column conflicts.status is 'auto: decided by the policy; open: waits for a person; resolved; ignored; superseded';
 comment on view open_conflicts is 'conflicts that wait for a person: decide each with tandem.resolve() or tandem.ignore()';
-comment on view stat_conflicts is 'number of conflicts per table and type';
+comment on view stat_conflicts is 'number of conflicts per table and type, with those that retention has removed';
 
 comment on function "check"() is 'preflight: what stands in the way of keeping this database in sync';
 comment on function create_node(text, int4) is 'makes this database a node: its name, and an id from 1 to 63 that the peer must not have';
@@ -264,7 +284,9 @@ comment on function stagger_sequence(regclass) is
     'lets a sequence count in steps of 64 from this node''s own offset, above all present values, so that both nodes never draw the same; returns the next value';
 comment on function resolve(uuid, text, json, text, bool) is
     'decides a conflict by a new write: ''local'', ''remote'', ''base'', ''result'' or ''keep_both'', or columns to set; force overwrites a row that has changed since';
-comment on function resolve_all(regclass, text, text) is 'decides every open conflict of a table alike; returns how many';
+comment on function resolve_all(regclass, text, text, text, timestamptz, timestamptz, text[]) is
+    'decides the open conflicts of a table alike and returns how many; conflict_type, detected_after, detected_before (not itself) '
+    'and columns choose among them: columns takes those that lost nothing but these';
 comment on function ignore(uuid, text) is 'closes a conflict and leaves the row as it is';
 comment on function show_conflict(uuid) is 'a conflict as text: base, local, remote and result side by side';
 comment on function last_position() is 'position of this session''s last commit that changed synced tables';

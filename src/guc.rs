@@ -1,5 +1,5 @@
 //! The settings `tandem.*`, each with unit, range and default.
-use pgrx::{GucContext, GucFlags, GucRegistry, GucSetting};
+use pgrx::{GucContext, GucFlags, GucRegistry, GucSetting, PostgresGucEnum};
 
 /// How far (ms) a version may lie ahead of the wall clock before the stream stops.
 pub static MAX_CLOCK_SKEW: GucSetting<i32> = GucSetting::<i32>::new(10_000);
@@ -22,6 +22,22 @@ pub static POLL_INTERVAL: GucSetting<i32> = GucSetting::<i32>::new(5_000);
 
 /// How long (ms) a handler of conflicts may run.
 pub static HANDLER_TIMEOUT: GucSetting<i32> = GucSetting::<i32>::new(1_000);
+/// How long (s) a closed conflict stays in the history; -1: for ever.
+pub static CONFLICT_RETENTION: GucSetting<i32> = GucSetting::<i32>::new(90 * 86_400);
+/// Ten years.
+const MAX_RETENTION_S: i32 = 3_650 * 86_400;
+/// What the server log says of a conflict.
+pub static LOG_CONFLICTS: GucSetting<LogConflicts> = GucSetting::<LogConflicts>::new(LogConflicts::On);
+
+/// What the server log says of a conflict.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PostgresGucEnum)]
+pub enum LogConflicts {
+    Off,
+    /// Type, table, times and nodes; nothing that stood in a row.
+    On,
+    /// The row's key as well.
+    Key,
+}
 
 /// Registers the settings; called once from `_PG_init`.
 pub fn init() {
@@ -119,5 +135,22 @@ pub fn init() {
         10,
         600_000,
         ms,
+    );
+    int(
+        c"tandem.conflict_retention",
+        c"How long a closed conflict stays in the history.",
+        c"Counted from its last change; open conflicts stay until they are decided. -1 keeps all for ever.",
+        &CONFLICT_RETENTION,
+        -1,
+        MAX_RETENTION_S,
+        GucFlags::UNIT_S,
+    );
+    GucRegistry::define_enum_guc(
+        c"tandem.log_conflicts",
+        c"What the server log says of a conflict: off, on, or key for the row's key as well.",
+        c"At most ten lines a second; values other than the key are never logged.",
+        &LOG_CONFLICTS,
+        GucContext::Sighup,
+        GucFlags::default(),
     );
 }

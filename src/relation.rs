@@ -45,11 +45,11 @@ pub struct SyncedRelation {
     pub hlc_attnum: i16,
     pub cells_attnum: i16,
     pub natts: usize,
-    /// What becomes of a row whose parent was deleted unseen.
-    pub on_fk: OnFk,
     /// How conflicts are decided at once.
     pub judged_by: Policies,
-    /// How the arbiter settles them by a later write.
+    /// What becomes of a row whose parent was deleted unseen.
+    pub on_fk: OnFk,
+    /// How the arbiter settles conflicts by a later write.
     pub policies: PolicyLog,
 }
 
@@ -70,8 +70,8 @@ impl SyncedRelation {
             table: self.table.clone(),
             columns: self.columns.iter().map(column).collect(),
             key: self.key.iter().map(|i| self.columns[*i].attnum as u16).collect(),
-            on_fk: self.on_fk,
             policies: self.fixed_policies(),
+            on_fk: self.on_fk,
         }
     }
 
@@ -282,8 +282,8 @@ pub fn describe(relid: pg_sys::Oid, granularity: &str, cells: Option<&serde_json
         hlc_attnum,
         cells_attnum,
         natts: tuple_desc.len(),
-        on_fk: OnFk::default(),
         judged_by: Policies::default(),
+        on_fk: OnFk::default(),
         policies: PolicyLog::default(),
     })
 }

@@ -19,6 +19,7 @@ pub mod client;
 pub mod cluster;
 pub mod conflict;
 pub mod ledger;
+pub mod mixed;
 pub mod node;
 pub mod pair;
 pub mod postgres;

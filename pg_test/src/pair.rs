@@ -134,6 +134,14 @@ impl Pair {
     /// The table holds the same rows, with the same versions, on both nodes.
     #[track_caller]
     pub fn assert_converged(&self, table: &str) {
+        if let Err(difference) = self.compare(table) {
+            panic!("{difference}\n{}", self.report());
+        }
+    }
+
+    /// How a table differs between the nodes.
+    #[track_caller]
+    pub fn compare(&self, table: &str) -> Result<(), String> {
         let columns = self.a.one(&format!(
             "select string_agg(quote_ident(attname) || '::text', ', ' order by attnum) from pg_attribute
              where attrelid = '{table}'::regclass and attnum > 0 and not attisdropped and attname <> '_cells'"
@@ -145,9 +153,10 @@ impl Pair {
         ));
         let query = format!("select {columns} from {table} order by {key}");
         let (on_a, on_b) = (self.a.rows(&query), self.b.rows(&query));
-        if on_a != on_b {
-            panic!("{table} differs ({columns}):\n{}\n{}", difference(&on_a, &on_b), self.report());
+        if on_a == on_b {
+            return Ok(());
         }
+        Err(format!("{table} differs ({columns}):\n{}", difference(&on_a, &on_b)))
     }
 
     /// The table holds exactly these rows (columns joined by `|`) on both nodes, and has converged.

@@ -2,6 +2,9 @@
 //! each write notes which value it replaced. So it can be said afterwards whether a committed value
 //! got lost: it must be in the table, or have been seen by whoever replaced it, or be in the
 //! conflict history.
+//!
+//! What a transaction does is a [`Plan`]: rows of one plain table here, tables full of constraints in
+//! [`crate::mixed`].
 
 use std::collections::{BTreeSet, HashSet};
 use std::sync::Arc;
@@ -15,7 +18,7 @@ use rand::{Rng, SeedableRng};
 use crate::client::{Client, Failure};
 use crate::node::{DATABASE, Node};
 use crate::pair::Pair;
-use crate::wait::until_true;
+use crate::wait::{until, until_true};
 
 /// Columns that the writers expect; keys are 1 to the workload's `keys`.
 pub const COLUMNS: &str = "id int primary key, a text, b text";
@@ -33,20 +36,41 @@ pub fn seed() -> u64 {
 
 /// What a writer did.
 #[derive(Default)]
-struct Memory {
+pub struct Memory {
     /// Values whose commit was confirmed.
-    committed: Vec<String>,
+    pub committed: Vec<String>,
     /// Values that a later write, here or there, had seen when it replaced them.
-    seen: HashSet<String>,
+    pub seen: HashSet<String>,
     /// Errors other than a lost connection or a lost race.
     errors: Vec<String>,
     /// (key, what was done), for the report on a lost value.
-    story: Vec<(u32, String)>,
+    pub story: Vec<(u32, String)>,
 }
+
+/// One table of a plan, its key being `id`: values of these columns are written once and never again.
+#[derive(Clone, Copy)]
+pub struct Watched {
+    pub table: &'static str,
+    pub columns: &'static [&'static str],
+}
+
+/// What the writers write.
+#[derive(Clone)]
+pub struct Plan {
+    /// Names of tables begin with this.
+    pub prefix: String,
+    pub tables: &'static [Watched],
+    /// One change within an open transaction.
+    pub change: fn(&mut Writer, &mut Client, &mut Memory) -> Result<(), Failure>,
+    /// SQLSTATEs of lost races that are part of the game.
+    pub lost_races: &'static [&'static str],
+}
+
+const PLAIN: &[Watched] = &[Watched { table: "", columns: &["a", "b"] }];
 
 /// Writers at work on both nodes.
 pub struct Workload {
-    table: String,
+    plan: Plan,
     stop: Arc<AtomicBool>,
     commits: Arc<AtomicU64>,
     writers: Vec<JoinHandle<Memory>>,
@@ -55,11 +79,22 @@ pub struct Workload {
 impl Workload {
     /// Starts `writers` writers on each node, on a table with [`COLUMNS`].
     pub fn start(pair: &Pair, table: &str, writers: u32, keys: u32, seed: u64) -> Workload {
+        let plan = Plan {
+            prefix: table.to_string(),
+            tables: PLAIN,
+            change: Writer::change,
+            lost_races: &["23505", "40001", "40P01"],
+        };
+        Workload::by_plan(pair, plan, writers, keys, seed)
+    }
+
+    /// The same by another plan.
+    pub fn by_plan(pair: &Pair, plan: Plan, writers: u32, keys: u32, seed: u64) -> Workload {
         let mut workload =
-            Workload { table: table.to_string(), stop: Arc::default(), commits: Arc::default(), writers: Vec::new() };
+            Workload { plan: plan.clone(), stop: Arc::default(), commits: Arc::default(), writers: Vec::new() };
         for node in pair.nodes() {
             for number in 0..writers {
-                let writer = Writer::new(node, table, number, keys, seed);
+                let writer = Writer::new(node, &plan, number, keys, seed);
                 let (stop, commits) = (Arc::clone(&workload.stop), Arc::clone(&workload.commits));
                 workload.writers.push(thread::spawn(move || writer.run(&stop, &commits)));
             }
@@ -94,8 +129,26 @@ impl Workload {
         assert!(all.errors.is_empty(), "writers failed: {:#?}", all.errors);
         pair.wait_streaming();
         pair.sync();
-        pair.assert_converged(&self.table);
-        let kept = kept(pair, &self.table);
+        let tables = self.plan.tables.iter();
+        let tables: Vec<(String, &[&str])> =
+            tables.map(|t| (format!("{}{}", self.plan.prefix, t.table), t.columns)).collect();
+        // What a constraint keeps out is asked again just after the commits.
+        for (table, _) in &tables {
+            until(&format!("{table} to converge"), || {
+                let displaced = |node: &Node| {
+                    let query = "select relid::regclass, key, hlc, waits_for, constraint_name from tandem.displaced order by 1, 2";
+                    format!("displaced on {}:\n{}\n", node.name, node.rows(query).join("\n"))
+                };
+                pair.compare(table).map_err(|why| format!("{why}\n{}{}", displaced(&pair.a), displaced(&pair.b)))
+            });
+        }
+        pair.assert_quiet();
+        let mut kept = HashSet::new();
+        for (table, columns) in &tables {
+            pair.assert_converged(table);
+            pair.history(table);
+            kept.extend(values_of(pair, table, columns));
+        }
         let lost: BTreeSet<&String> =
             all.committed.iter().filter(|value| !all.seen.contains(*value) && !kept.contains(*value)).collect();
         if let Some(first) = lost.first() {
@@ -103,7 +156,7 @@ impl Workload {
                 "{} of {} committed values are lost without a record: {lost:?}\n{}",
                 lost.len(),
                 all.committed.len(),
-                story(pair, &self.table, &all.story, first)
+                tables.iter().map(|(table, _)| story(pair, table, &all.story, first)).collect::<String>()
             );
         }
     }
@@ -144,37 +197,42 @@ fn story(pair: &Pair, table: &str, story: &[(u32, String)], value: &str) -> Stri
 }
 
 /// Values in the table or in the images of its conflicts.
-fn kept(pair: &Pair, table: &str) -> HashSet<String> {
+fn values_of(pair: &Pair, table: &str, columns: &[&str]) -> HashSet<String> {
     let mut kept = HashSet::new();
-    for row in pair.a.rows(&format!("select a, b from {table}")) {
+    for row in pair.a.rows(&format!("select {} from {table}", columns.join(", "))) {
         kept.extend(row.split('|').map(str::to_string));
     }
     for record in pair.a.conflicts(table) {
-        for image in ["base_tuple", "local_tuple", "remote_tuple"] {
-            for column in ["a", "b"] {
-                kept.extend(record[image][column].as_str().map(str::to_string));
+        for image in ["base_tuple", "local_tuple", "remote_tuple", "result_tuple"] {
+            for column in columns {
+                match &record[image][column] {
+                    serde_json::Value::String(text) => drop(kept.insert(text.clone())),
+                    serde_json::Value::Null => {}
+                    other => drop(kept.insert(other.to_string())),
+                }
             }
         }
     }
     kept
 }
 
-struct Writer {
+/// One session that writes.
+pub struct Writer {
     conninfo: String,
-    table: String,
-    name: String,
-    keys: u32,
-    random: StdRng,
+    plan: Plan,
+    pub name: String,
+    pub keys: u32,
+    pub random: StdRng,
     count: u64,
     memory: Memory,
 }
 
 impl Writer {
-    fn new(node: &Node, table: &str, number: u32, keys: u32, seed: u64) -> Writer {
+    fn new(node: &Node, plan: &Plan, number: u32, keys: u32, seed: u64) -> Writer {
         let own = seed ^ (u64::from(node.id) << 32) ^ u64::from(number);
         Writer {
             conninfo: node.cluster.conninfo(DATABASE),
-            table: table.to_string(),
+            plan: plan.clone(),
             name: format!("{}{number}", node.name),
             keys,
             random: StdRng::seed_from_u64(own),
@@ -195,7 +253,7 @@ impl Writer {
             match self.transaction(session) {
                 Ok(()) => drop(commits.fetch_add(1, Ordering::Relaxed)),
                 // Lost races are part of the game; a broken connection means a server in trouble.
-                Err(failure) if matches!(failure.sqlstate.as_str(), "23505" | "40001" | "40P01") => {
+                Err(failure) if self.plan.lost_races.contains(&failure.sqlstate.as_str()) => {
                     if session.try_exec("rollback").is_err() {
                         client = None;
                     }
@@ -220,12 +278,12 @@ impl Writer {
         let mut done = Memory::default();
         client.try_exec("begin")?;
         for _ in 0..self.random.random_range(1..=3) {
-            self.change(client, &mut done)?;
+            (self.plan.change)(self, client, &mut done)?;
         }
         let outcome = client.try_exec("commit");
         match &outcome {
             Ok(()) => self.memory.committed.extend(done.committed),
-            Err(failure) if matches!(failure.sqlstate.as_str(), "40001" | "40P01") => return outcome,
+            Err(failure) if self.plan.lost_races.contains(&failure.sqlstate.as_str()) => return outcome,
             // Nobody knows whether this was committed: what it replaced may have been replaced.
             Err(_) => done.story.iter_mut().for_each(|(_, event)| event.push_str(" (in doubt)")),
         }
@@ -234,11 +292,29 @@ impl Writer {
         outcome
     }
 
-    fn change(&mut self, client: &mut Client, done: &mut Memory) -> Result<(), Failure> {
-        let (table, id) = (&self.table, self.random.random_range(1..=self.keys));
-        let old = client.try_cells(&format!("select a, b from {table} where id = {id} for update"))?;
+    /// Name of a table of the plan.
+    pub fn table(&self, name: &str) -> String {
+        format!("{}{name}", self.plan.prefix)
+    }
+
+    /// A value that is written once.
+    pub fn next(&mut self, column: &str) -> String {
         self.count += 1;
-        let (a, b) = (format!("{}.{}a", self.name, self.count), format!("{}.{}b", self.name, self.count));
+        format!("{}.{}{column}", self.name, self.count)
+    }
+
+    /// Runs a statement and notes it.
+    pub fn say(&self, client: &mut Client, done: &mut Memory, id: u32, sql: &str, was: &str) -> Result<(), Failure> {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        client.try_exec(sql)?;
+        done.story.push((id, format!("{:.6} {} {sql} -- was {was}", now.as_secs_f64(), self.name)));
+        Ok(())
+    }
+
+    fn change(&mut self, client: &mut Client, done: &mut Memory) -> Result<(), Failure> {
+        let (table, id) = (self.table(""), self.random.random_range(1..=self.keys));
+        let old = client.try_cells(&format!("select a, b from {table} where id = {id} for update"))?;
+        let (a, b) = (self.next("a"), self.next("b"));
         let old = old.into_iter().next();
         let choice = self.random.random_range(0..10);
         let (sql, wrote, replaced) = match (&old, choice) {
@@ -248,9 +324,7 @@ impl Writer {
             (_, 4..7) => (format!("update {table} set a = '{a}' where id = {id}"), vec![a], 0..1),
             _ => (format!("update {table} set b = '{b}' where id = {id}"), vec![b], 1..2),
         };
-        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-        client.try_exec(&sql)?;
-        done.story.push((id, format!("{:.6} {} {sql} -- was {old:?}", now.as_secs_f64(), self.name)));
+        self.say(client, done, id, &sql, &format!("{old:?}"))?;
         done.seen.extend(old.into_iter().flat_map(|old| old[replaced.clone()].to_vec()).flatten());
         done.committed.extend(wrote);
         Ok(())

@@ -2,7 +2,8 @@
 //! violate. Nothing stops the stream, nothing is lost, both nodes show the same rows. Each goes both ways.
 
 use tandem_pg_test::conflict::Record;
-use tandem_pg_test::{Node, Pair, shared, tick};
+use tandem_pg_test::wait::full_size;
+use tandem_pg_test::{Node, Pair, mixed, shared, tick, workload};
 
 /// Runs a scenario with A as the first writer and then with B, on tables of their own.
 fn both_ways(name: &str, scenario: impl Fn(&Pair, &Node, &Node, &str)) {
@@ -434,4 +435,28 @@ fn s106_displaced_twice_by_different_winners() {
         assert_eq!(displaced.len(), 2, "{records:?}");
         pair.assert_converged(t);
     });
+}
+
+#[test]
+fn random_writers_over_constraints_lose_nothing() {
+    let (cuts, commits) = if full_size() { (20, 5_000) } else { (5, 250) };
+    let pair = Pair::new();
+    mixed::create(&pair, "mixed_");
+    let load = mixed::start(&pair, "mixed_", 2, 30, workload::seed());
+    for _ in 0..cuts {
+        load.wait_commits(commits / 2);
+        pair.partition();
+        load.wait_commits(commits / 2);
+        pair.heal_lines();
+        pair.wait_streaming();
+    }
+    load.finish(&pair);
+    mixed::assert_constraints(&pair, "mixed_");
+    let counts = pair.a.rows(
+        "select conflict_type, status, count(*) from tandem.conflicts where table_name like 'mixed_%' group by 1, 2 order by 1, 2",
+    );
+    eprintln!("{}", counts.join("\n"));
+    for kind in ["exists", "foreign_key_violation", "check_violation", "multiple_unique_conflicts"] {
+        assert!(counts.iter().any(|count| count.contains(kind)), "no {kind} in {counts:?}");
+    }
 }

@@ -1,6 +1,7 @@
 //! Conflict records: what a change met here and what was lost by it, written in the transaction that
 //! dropped the value, and the join of those that come from the peer.
 use super::arbiter;
+use super::history;
 use super::image::{self, Content};
 use super::route::{Arrived, Local};
 use super::row::Work;
@@ -66,7 +67,7 @@ pub fn record(pair: &Pair<'_>, work: &mut Work) -> Result<()> {
             decision: Decision { status: decided.status(), ..undecided() },
         };
         arbiter::consider(pair, loss, &decided, &record, work)?;
-        if upsert(record.clone())? {
+        if history::upsert(record.clone())? {
             work.records.push(to_bytes(&record)?);
         }
     }
@@ -78,7 +79,7 @@ pub fn undecided() -> Decision {
     Decision { version: Hlc(0), status: Status::Auto, by: None, at: None, resolution: None, note: None }
 }
 
-fn to_bytes(record: &Record) -> Result<Vec<u8>> {
+pub fn to_bytes(record: &Record) -> Result<Vec<u8>> {
     serde_json::to_vec(record).map_err(|e| Error::bug(format!("a conflict record is not JSON: {e}")))
 }
 
@@ -230,7 +231,7 @@ pub fn record_of(
 /// Writes a record that this node made, and has it travel.
 pub fn keep(record: Record, work: &mut Work) -> Result<()> {
     let bytes = to_bytes(&record)?;
-    if upsert(record)? {
+    if history::upsert(record)? {
         work.records.push(bytes);
     }
     Ok(())
@@ -240,10 +241,7 @@ pub fn keep(record: Record, work: &mut Work) -> Result<()> {
 /// now is there again.
 pub fn keep_open(mut record: Record, work: &mut Work) -> Result<()> {
     record.decision.status = Status::Open;
-    let known = {
-        let _superuser = ActingAs::superuser();
-        read_for_update(record.conflict_id)?
-    };
+    let known = history::find(record.conflict_id)?;
     if known.is_some_and(|known| known.decision.status == Status::Superseded) {
         record.decision.version = clock::tick();
         record.decision.at = Some(now_us());
@@ -279,11 +277,7 @@ pub fn open_of_constraints(rel: &SyncedRelation) -> Result<Vec<Record>> {
 
 /// Changes a record that this node made in this transaction, and has it travel.
 pub fn amend(id: Uuid, work: &mut Work, f: impl FnOnce(&mut Record)) -> Result<()> {
-    let stored = {
-        let _superuser = ActingAs::superuser();
-        read_for_update(id)?
-    };
-    let Some(mut record) = stored else { return Err(Error::bug(format!("conflict {id} is not there"))) };
+    let Some(mut record) = history::find(id)? else { return Err(Error::bug(format!("conflict {id} is not there"))) };
     f(&mut record);
     keep(record, work)
 }
@@ -308,101 +302,5 @@ pub fn receive(bytes: &[u8]) -> Result<()> {
     for version in [record.decision.version, record.losing, record.winning] {
         clock::observe(version.0)?;
     }
-    upsert(record).map(drop)
-}
-
-/// Joins a record into the table. False if it said nothing new.
-pub fn upsert(record: Record) -> Result<bool> {
-    let _superuser = ActingAs::superuser();
-    let Some(stored) = read_for_update(record.conflict_id)? else {
-        write(&record, INSERT)?;
-        return Ok(true);
-    };
-    let before = to_bytes(&stored)?;
-    let mut joined = stored;
-    joined.join(record);
-    if to_bytes(&joined)? == before {
-        return Ok(false);
-    }
-    write(&joined, UPDATE)?;
-    Ok(true)
-}
-
-fn sql_uuid(id: Uuid) -> pgrx::Uuid {
-    pgrx::Uuid::from_bytes(*id.as_bytes())
-}
-
-fn read_for_update(id: Uuid) -> Result<Option<Record>> {
-    let query = "select record::text from tandem.conflict where conflict_id = $1 for update";
-    let text = Spi::connect_mut(|client| -> std::result::Result<_, pgrx::spi::Error> {
-        let table = client.update(query, Some(1), &[sql_uuid(id).into()])?.first();
-        if table.is_empty() { Ok(None) } else { table.get_one::<String>() }
-    })?;
-    let parse = |text: String| {
-        serde_json::from_str(&text).map_err(|e| Error::bug(format!("conflict {id} cannot be read: {e}")))
-    };
-    text.map(parse).transpose()
-}
-
-const INSERT: &str = "
-    insert into tandem.conflict (conflict_id, schema_name, table_name, conflict_type, constraint_name, key_tuple,
-        losing_version, winning_version, cells, status, decision_version, detected_at, resolved_by, resolved_at,
-        conflict_resolution, note, policy, record, images)
-    values ($1, $2, $3, $4, $5, $6::json, $7::int8::tandem.hlc, $8::int8::tandem.hlc, $9, $10,
-        $11::int8::tandem.hlc, 'epoch'::timestamptz + $12 * interval '1 microsecond', $13,
-        'epoch'::timestamptz + $14 * interval '1 microsecond', $15, $16, $17, $18::json, $19::json)";
-
-const UPDATE: &str = "
-    update tandem.conflict set schema_name = $2, table_name = $3, conflict_type = $4, constraint_name = $5,
-        key_tuple = $6::json, losing_version = $7::int8::tandem.hlc, winning_version = $8::int8::tandem.hlc,
-        cells = $9, status = $10, decision_version = $11::int8::tandem.hlc,
-        detected_at = 'epoch'::timestamptz + $12 * interval '1 microsecond', resolved_by = $13,
-        resolved_at = 'epoch'::timestamptz + $14 * interval '1 microsecond', conflict_resolution = $15,
-        note = $16, policy = $17, record = $18::json, images = $19::json
-    where conflict_id = $1";
-
-fn write(record: &Record, query: &str) -> Result<()> {
-    let decision = &record.decision;
-    let text = String::from_utf8(to_bytes(record)?).map_err(|e| Error::bug(e.to_string()))?;
-    let arguments = [
-        sql_uuid(record.conflict_id).into(),
-        record.schema.as_str().into(),
-        record.table.as_str().into(),
-        name_of(&record.conflict_type)?.into(),
-        record.constraint_name.as_deref().into(),
-        record.key.get().into(),
-        (record.losing.0 as i64).into(),
-        (record.winning.0 as i64).into(),
-        record.cells.clone().into(),
-        name_of(&decision.status)?.into(),
-        (decision.version.0 as i64).into(),
-        record.detected_at.into(),
-        decision.by.as_deref().into(),
-        decision.at.into(),
-        decision.resolution.as_deref().into(),
-        decision.note.as_deref().into(),
-        record.policy.as_str().into(),
-        text.as_str().into(),
-        images_of(record)?.into(),
-    ];
-    let written = Spi::connect_mut(|client| client.update(query, None, &arguments).map(|t| t.len()))?;
-    if written == 1 { Ok(()) } else { Err(Error::bug(format!("conflict {} was not written", record.conflict_id))) }
-}
-
-/// The images as they are shown: `base`, `result`, and one by node id.
-fn images_of(record: &Record) -> Result<String> {
-    let shown = record.settled();
-    let mut images: BTreeMap<String, &RawValue> = BTreeMap::new();
-    images.extend(shown.base.as_ref().map(|image| ("base".to_string(), &*image.tuple)));
-    images.extend(shown.result.as_ref().map(|image| ("result".to_string(), &*image.tuple)));
-    images.extend(shown.tuples.iter().map(|(node, image)| (node.to_string(), &*image.tuple)));
-    serde_json::to_string(&images).map_err(|e| Error::bug(format!("the images of a conflict are not JSON: {e}")))
-}
-
-/// The name that serde gives a variant: the one that users see.
-fn name_of(value: &impl serde::Serialize) -> Result<String> {
-    match serde_json::to_value(value) {
-        Ok(serde_json::Value::String(name)) => Ok(name),
-        _ => Err(Error::bug("a conflict type or status without a name")),
-    }
+    history::upsert(record).map(drop)
 }

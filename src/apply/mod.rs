@@ -2,9 +2,11 @@
 //!
 //! The exchange worker owns one [`Applier`] and calls it in its own process. A source transaction goes
 //! through [`batch`] (one local commit for several of them), each change through [`route`] (the sender's
-//! columns → ours), [`row`] (lock, judge, write) and, if something was lost by it, [`conflict`]. What
-//! cannot be applied yet waits in [`held`]; [`tables`] says why. A transaction that runs into a constraint is
-//! applied once more by way of [`careful`]; what cannot show is asked again in [`reconsider`]. [`progress`] remembers how far we are.
+//! columns → ours), [`row`] (lock, judge, write) and, if something was lost by it, [`conflict`], whose records
+//! [`history`] keeps and [`announce`] tells of. What cannot be applied yet waits in [`held`]; [`tables`] says
+//! why. A transaction that runs into a constraint is applied once more by way of [`careful`]; what cannot show
+//! is asked again in [`reconsider`]. [`progress`] remembers how far we are.
+mod announce;
 mod arbiter;
 mod batch;
 mod body;
@@ -12,6 +14,7 @@ mod careful;
 pub mod conflict;
 mod constraints;
 mod held;
+pub mod history;
 mod image;
 mod merging;
 mod parents;
@@ -38,8 +41,10 @@ use tandem_model::descriptor::{Descriptor, DescriptorId};
 use tandem_model::hlc::{Hlc, Mark, NodeId};
 use uuid::Uuid;
 
+pub use announce::sum_up as sum_up_log;
 pub use arbiter::forget as forget_reinstated;
 pub use body::{Body, Transaction};
+pub use row::key_bytes;
 
 /// Who the peer is, as the handshake told.
 #[derive(Debug, Clone)]

@@ -1,4 +1,5 @@
 //! The worker's own transactions, and the settings under which it applies.
+use super::announce;
 use crate::error::{self, Result};
 use crate::guc;
 use pgrx::prelude::*;
@@ -107,6 +108,9 @@ pub fn transaction<T>(f: impl FnOnce() -> Result<T>) -> Result<T> {
     if result.is_err() {
         // SAFETY: ends whatever state the error left; does nothing if there is no transaction.
         unsafe { pg_sys::AbortCurrentTransaction() };
+        announce::aborted();
+    } else {
+        announce::committed();
     }
     result
 }

@@ -72,8 +72,10 @@ impl Table {
         }
         // SAFETY: executor structures of an open relation, in the estate's own memory context.
         let table = unsafe {
+            // The memory of the moment may be that of a row of another table.
+            let previous = pg_sys::MemoryContextSwitchTo(pg_sys::CurTransactionContext);
             let estate = pg_sys::CreateExecutorState();
-            let previous = pg_sys::MemoryContextSwitchTo((*estate).es_query_cxt);
+            pg_sys::MemoryContextSwitchTo((*estate).es_query_cxt);
             let row_context = (*pg_sys::MakePerTupleExprContext(estate)).ecxt_per_tuple_memory;
             let info = pg_sys::palloc0(size_of::<pg_sys::ResultRelInfo>()).cast::<pg_sys::ResultRelInfo>();
             (*info).type_ = pg_sys::NodeTag::T_ResultRelInfo;
@@ -123,6 +125,8 @@ impl Table {
             pg_sys::ExecDropSingleTupleTableSlot(self.found);
             pg_sys::ExecDropSingleTupleTableSlot(self.fresh);
             pg_sys::ExecCloseIndices(self.info);
+            // Slots that triggers and checks were given.
+            pg_sys::ExecResetTupleTable((*self.estate).es_tupleTable, false);
             pg_sys::FreeExecutorState(self.estate);
             pg_sys::table_close(self.rel, pg_sys::NoLock as pg_sys::LOCKMODE);
         }

@@ -72,8 +72,8 @@ pub fn compare_shapes(own: &Descriptor, initial: &Initial, peer: &PeerTable) -> 
     let one_cell = |shape: &Descriptor| {
         let mut shape = shape.clone();
         shape.columns.iter_mut().for_each(|c| c.cell = 0);
-        shape.on_fk = OnFk::default();
         shape.policies.clear();
+        shape.on_fk = OnFk::default();
         shape
     };
     if let Err(difference) = one_cell(own).agrees(&one_cell(&peer.shape)) {

@@ -14,7 +14,7 @@ use crate::relation::SyncedRelation;
 use crate::shmem;
 pub use change::changed_cells;
 use pgrx::prelude::*;
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 use tandem_model::change::{Item, Op};
 use tandem_model::hlc::{Hlc, Mark, Position};
@@ -23,6 +23,8 @@ use tandem_model::versions::{CellId, Versions};
 thread_local! {
     /// While Tandem applies: its own triggers are silent.
     static APPLYING: Cell<bool> = const { Cell::new(false) };
+    /// Cells of one table that get a new version with the next update though their content stays.
+    static AFFIRMED: RefCell<(u32, Vec<CellId>)> = const { RefCell::new((0, Vec::new())) };
     static LAST_POSITION: Cell<Position> = const { Cell::new(Position(0)) };
 }
 
@@ -45,6 +47,29 @@ pub fn applying<R>(f: impl FnOnce() -> R) -> R {
     }
     let _restore = Restore(APPLYING.replace(true));
     f()
+}
+
+/// Runs `f`, in which an update of the table gives these cells a new version, changed or not: a decision is a
+/// write also where it leaves a value as it is.
+pub fn affirming<R>(relid: pg_sys::Oid, cells: Vec<CellId>, f: impl FnOnce() -> R) -> R {
+    struct Restore((u32, Vec<CellId>));
+    impl Drop for Restore {
+        fn drop(&mut self) {
+            AFFIRMED.set(std::mem::take(&mut self.0));
+        }
+    }
+    let _restore = Restore(AFFIRMED.replace((relid.to_u32(), cells)));
+    f()
+}
+
+/// Adds the affirmed cells of a table to those that have changed.
+fn with_affirmed(relid: pg_sys::Oid, mut changed: Vec<CellId>) -> Vec<CellId> {
+    AFFIRMED.with_borrow(|(affirmed, cells)| {
+        if *affirmed == relid.to_u32() {
+            changed.extend(cells.iter().filter(|cell| !changed.contains(cell)).copied().collect::<Vec<_>>());
+        }
+    });
+    changed
 }
 
 /// True within [`applying`].
@@ -139,6 +164,7 @@ fn at_abort() {
         registry::clear();
     }
     APPLYING.set(false);
+    AFFIRMED.take();
     buffer::reset();
     trigger::reset();
     crate::relation::at_abort();

@@ -153,7 +153,7 @@ fn stamp(data: &pg_sys::TriggerData) -> Result<pg_sys::HeapTuple> {
             (birth, Versions { birth, ..Versions::default() })
         } else {
             let mut versions = listed(&rel, &old)?;
-            let changed = change::changed_cells(&rel, &old, &new);
+            let changed = super::with_affirmed(rel.relid, change::changed_cells(&rel, &old, &new));
             if changed.is_empty() {
                 (Hlc(datum(&old, rel.hlc_attnum).map_or(0, |d| d.value() as u64)), versions)
             } else {

@@ -1,8 +1,10 @@
 //! What the worker does beside the stream, about once a second: it keeps the stable point durable, collects
-//! tombstones, truncates the journal, answers the peer's wishes for policies, and writes the rare heartbeat.
+//! tombstones, truncates the journal, has old conflicts leave the history, answers the peer's wishes for
+//! policies, and writes the rare heartbeat.
 use crate::clock::boot_ms;
 use crate::error::{Class, Result};
 use crate::exchange::process;
+use crate::exchange::retention::Retention;
 use crate::shmem::Database;
 use crate::{apply, capture, journal, policy, tombstone};
 use pgrx::prelude::*;
@@ -26,13 +28,15 @@ pub struct Housekeeping {
     newest: u64,
     newest_since: i64,
     heartbeat: u64,
+    retention: Retention,
 }
 
 impl Housekeeping {
     pub fn new(database: &Database) -> Housekeeping {
         let now = boot_ms();
         let counted = database.worker.counts();
-        Housekeeping { due: now, counted, counted_at: now, newest: 0, newest_since: now, heartbeat: 0 }
+        let retention = Retention::new();
+        Housekeeping { due: now, counted, counted_at: now, newest: 0, newest_since: now, heartbeat: 0, retention }
     }
 
     /// How long (ms) until there is something to do.
@@ -50,6 +54,8 @@ impl Housekeeping {
         self.rates(database, now);
         persist_stable(database)?;
         process::transaction(journal::maintain)?;
+        self.retention.run(database)?;
+        apply::sum_up_log();
         if let (Some(own), Some(peer)) = (database.node(), peer) {
             answer_wishes(own, peer)?;
         }

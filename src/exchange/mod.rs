@@ -13,6 +13,7 @@ mod incarnation;
 pub mod link;
 mod process;
 mod refusal;
+mod retention;
 mod serve;
 mod spool;
 mod status;

@@ -24,6 +24,14 @@ impl ActingAs {
         ActingAs::become_user(owner, flags as i32)
     }
 
+    /// Deciding about a row of a table: as its owner likewise, who sees every row, also where FORCE ROW LEVEL
+    /// SECURITY would hide it (as Postgres's own referential checks do).
+    pub fn unfiltered_owner(owner: pg_sys::Oid) -> ActingAs {
+        let flags =
+            pg_sys::SECURITY_LOCAL_USERID_CHANGE | pg_sys::SECURITY_RESTRICTED_OPERATION | pg_sys::SECURITY_NOFORCE_RLS;
+        ActingAs::become_user(owner, flags as i32)
+    }
+
     fn become_user(user: pg_sys::Oid, flags: i32) -> ActingAs {
         let mut before = ActingAs { user: pg_sys::InvalidOid, context: 0, settings: None };
         // SAFETY: plain getters and setters of this backend's user; Drop or abort restores them.

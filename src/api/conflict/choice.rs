@@ -1,5 +1,6 @@
 //! What a decision asks for, worked out against the record: which columns take which values, or that the
 //! row goes. Looks at no row.
+use super::columns::{Columns, names_column};
 use super::stored::{Side, Stored};
 use crate::error::{Error, Result};
 use crate::relation::{Column, SyncedRelation};
@@ -56,8 +57,8 @@ impl Request {
     pub fn label(&self, stored: &Stored) -> String {
         match self.resolution.as_deref() {
             None => "with_tuple".to_string(),
-            Some("local") => stored.own_name.clone(),
-            Some("remote") => stored.peer_name.clone().unwrap_or_else(|| "remote".to_string()),
+            Some("local") => stored.around.own_name.clone(),
+            Some("remote") => stored.around.peer_name.clone().unwrap_or_else(|| "remote".to_string()),
             Some(other) => other.to_string(),
         }
     }
@@ -65,7 +66,8 @@ impl Request {
 
 impl Choice {
     /// Errors: 22023 for a resolution that is not known, 55000 for an image that is not, 42703.
-    pub fn of(request: &Request, stored: &Stored, relation: &SyncedRelation) -> Result<Choice> {
+    pub fn of(request: &Request, stored: &Stored, columns: &Columns) -> Result<Choice> {
+        let relation = &*columns.relation;
         let given = request.with_tuple.as_ref();
         if let Some(name) = given.into_iter().flat_map(Map::keys).find(|name| column(relation, name).is_none()) {
             return Err(Error::operator(
@@ -76,8 +78,8 @@ impl Choice {
         }
         let mut choice = match request.resolution.as_deref() {
             None => Choice::Row { set: Map::new(), whole: None },
-            Some("keep_both") => return keep_both(given, stored, relation),
-            Some(side) => side_of(side, stored, relation)?,
+            Some("keep_both") => return keep_both(given, stored, columns),
+            Some(side) => side_of(side, stored, columns)?,
         };
         for (name, value) in given.into_iter().flatten() {
             match &mut choice {
@@ -93,14 +95,14 @@ impl Choice {
 }
 
 /// The values of one image: of the cells that were lost, or of the row if it was lost whole.
-fn side_of(side: &str, stored: &Stored, relation: &SyncedRelation) -> Result<Choice> {
+fn side_of(side: &str, stored: &Stored, columns: &Columns) -> Result<Choice> {
     let known = match side {
         "local" => stored.local(),
         "remote" => stored.remote(),
         "base" => stored.base(),
         "result" => stored.result(),
-        name if name == stored.own_name => stored.local(),
-        name if Some(name) == stored.peer_name.as_deref() => stored.remote(),
+        name if name == stored.around.own_name => stored.local(),
+        name if Some(name) == stored.around.peer_name.as_deref() => stored.remote(),
         other => {
             return Err(invalid(
                 &format!("resolution \"{other}\" is not known"),
@@ -109,11 +111,14 @@ fn side_of(side: &str, stored: &Stored, relation: &SyncedRelation) -> Result<Cho
         }
     };
     let tuple = match known {
-        Side::Row(image) => content(image, relation)?,
+        Side::Row(image) => content(image, columns)?,
         Side::NoRow => return Ok(Choice::Nothing),
         Side::Unknown => return Err(unknown(side, "row")),
     };
-    let lost = lost_columns(stored, relation);
+    let lost = lost_columns(stored, columns);
+    if lost.is_empty() && !stored.record.cells.is_empty() {
+        return Err(all_dropped(stored, columns));
+    }
     if let Some(name) = lost.iter().find(|name| !tuple.contains_key(**name)) {
         return Err(unknown(side, name));
     }
@@ -122,7 +127,7 @@ fn side_of(side: &str, stored: &Stored, relation: &SyncedRelation) -> Result<Cho
     Ok(Choice::Row { set, whole: Some(tuple) })
 }
 
-fn keep_both(given: Option<&Map<String, Value>>, stored: &Stored, relation: &SyncedRelation) -> Result<Choice> {
+fn keep_both(given: Option<&Map<String, Value>>, stored: &Stored, columns: &Columns) -> Result<Choice> {
     if !matches!(
         stored.record.conflict_type,
         ConflictType::InsertExists | ConflictType::UpdateExists | ConflictType::MultipleUniqueConflicts
@@ -141,35 +146,52 @@ fn keep_both(given: Option<&Map<String, Value>>, stored: &Stored, relation: &Syn
     let Side::Row(loser) = stored.loser() else {
         return Err(unknown("the losing side", "row"));
     };
-    let mut tuple = content(loser, relation)?;
+    let mut tuple = content(loser, columns)?;
     given.iter().for_each(|(name, value)| drop(tuple.insert(name.clone(), value.clone())));
     Ok(Choice::Beside(tuple))
 }
 
-/// The columns of an image that the table still has.
-pub fn content(image: &Image, relation: &SyncedRelation) -> Result<Map<String, Value>> {
-    let mut columns: Map<String, Value> =
+/// The columns of an image that the table still has, by their names of today.
+pub fn content(image: &Image, columns: &Columns) -> Result<Map<String, Value>> {
+    let then: Map<String, Value> =
         serde_json::from_str(image.tuple.get()).map_err(|e| Error::bug(format!("an image cannot be read: {e}")))?;
-    columns.retain(|name, _| column(relation, name).is_some());
-    Ok(columns)
+    Ok(then.into_iter().filter_map(|(name, value)| Some((columns.now(&name)?.to_string(), value))).collect())
 }
 
-/// Columns outside the key that were lost: those of the record's cells, all if the row was lost whole.
-pub fn lost_columns<'a>(stored: &Stored, relation: &'a SyncedRelation) -> BTreeSet<&'a str> {
+/// Columns outside the key that were lost and are still there: those of the record's cells, all if the row was
+/// lost whole.
+pub fn lost_columns<'a>(stored: &Stored, columns: &'a Columns) -> BTreeSet<&'a str> {
     let cells = &stored.record.cells;
-    relation
-        .columns
-        .iter()
-        .filter(|c| c.key_ordinal.is_none())
-        .filter(|c| cells.is_empty() || cells.iter().any(|cell| belongs(c, cell, relation)))
-        .map(|c| c.name.as_str())
-        .collect()
+    let lost = |c: &&Column| match cells.is_empty() {
+        true => columns.then(c).is_some(),
+        false => cells.iter().any(|cell| columns.in_cell(cell, c)),
+    };
+    let outside_key = columns.relation.columns.iter().filter(|c| c.key_ordinal.is_none());
+    outside_key.filter(lost).map(|c| c.name.as_str()).collect()
 }
 
-/// A cell is called by the names of its columns; the table may have been given other cells since.
-fn belongs(column: &Column, cell: &str, relation: &SyncedRelation) -> bool {
-    let of_cell: Vec<&str> = relation.cell_columns(column.cell).map(|c| c.name.as_str()).collect();
-    cell == "row" || of_cell.contains(&cell) || of_cell.join(",") == cell || cell.split(',').any(|n| n == column.name)
+/// Names, of then, of the columns that were lost and have been dropped since.
+pub fn dropped_columns(stored: &Stored, columns: &Columns) -> Vec<String> {
+    let cells = &stored.record.cells;
+    let lost = |name: &str| cells.is_empty() || cells.iter().any(|cell| names_column(cell, name));
+    let named = cells.iter().flat_map(|cell| cell.split(',')).filter(|name| *name != "row").map(str::to_string);
+    let images = [stored.local(), stored.remote(), stored.base()];
+    let imaged = images.iter().filter_map(|side| match side {
+        Side::Row(image) => serde_json::from_str::<Map<String, Value>>(image.tuple.get()).ok(),
+        Side::NoRow | Side::Unknown => None,
+    });
+    let mut names: BTreeSet<String> = named.collect();
+    names.extend(imaged.flat_map(|image| image.keys().cloned().collect::<Vec<_>>()).filter(|name| lost(name)));
+    names.into_iter().filter(|name| columns.now(name).is_none()).collect()
+}
+
+fn all_dropped(stored: &Stored, columns: &Columns) -> Error {
+    let names = dropped_columns(stored, columns).join("\", \"");
+    Error::operator(
+        PgSqlErrorCode::ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE,
+        format!("what was lost is no longer in table {}: column \"{names}\"", columns.relation.display_name()),
+        format!("SELECT tandem.ignore('{}'); closes the conflict.", stored.record.conflict_id),
+    )
 }
 
 pub fn column<'a>(relation: &'a SyncedRelation, name: &str) -> Option<&'a Column> {

@@ -2,8 +2,10 @@
 //! their column, no line longer than asked for.
 
 /// Lines that one value may take before it is cut.
-const MAX_LINES: usize = 8;
+const MAX_LINES: usize = 5;
 const SEPARATOR: &str = " | ";
+/// Between a name and what it is.
+const GAP: &str = "  ";
 const MIN_WIDTH: usize = 8;
 
 /// The lines of a table, the first row being its heading.
@@ -11,13 +13,20 @@ pub fn lines(rows: &[Vec<String>], line_width: usize) -> Vec<String> {
     let widths = fit(natural_widths(rows), line_width);
     let mut lines = Vec::new();
     for (i, row) in rows.iter().enumerate() {
-        lines.extend(row_lines(row, &widths));
+        lines.extend(row_lines(row, &widths, SEPARATOR));
         if i == 0 {
             let dashes: Vec<String> = widths.iter().map(|w| "-".repeat(*w)).collect();
             lines.push(dashes.join("-+-"));
         }
     }
     lines
+}
+
+/// The lines of names and what they are, without a frame.
+pub fn facts(rows: &[Vec<String>], line_width: usize) -> Vec<String> {
+    let names = rows.iter().filter_map(|row| row.first()).map(|name| width(name)).max().unwrap_or(0);
+    let widths = [names, line_width.saturating_sub(names + GAP.len())];
+    rows.iter().flat_map(|row| row_lines(row, &widths, GAP)).collect()
 }
 
 fn natural_widths(rows: &[Vec<String>]) -> Vec<usize> {
@@ -37,23 +46,35 @@ fn fit(mut widths: Vec<usize>, line_width: usize) -> Vec<usize> {
     widths
 }
 
-fn row_lines(row: &[String], widths: &[usize]) -> Vec<String> {
+fn row_lines(row: &[String], widths: &[usize], separator: &str) -> Vec<String> {
     let cells: Vec<Vec<String>> = row.iter().zip(widths).map(|(text, width)| wrap(text, *width)).collect();
     let height = cells.iter().map(Vec::len).max().unwrap_or(0);
     (0..height)
         .map(|i| {
             let parts =
                 cells.iter().zip(widths).map(|(cell, width)| pad(cell.get(i).map_or("", String::as_str), *width));
-            parts.collect::<Vec<_>>().join(SEPARATOR).trim_end().to_string()
+            parts.collect::<Vec<_>>().join(separator).trim_end().to_string()
         })
         .collect()
 }
 
-/// Breaks after a blank where there is one in the second half of the line, else anywhere.
+/// The lines of a text. The mark that it may begin with stays on the first one, the others are as far in.
 fn wrap(text: &str, room: usize) -> Vec<String> {
     let text: String = text.chars().map(|c| if c.is_control() { ' ' } else { c }).collect();
+    for mark in ["  ", "* ", "> "] {
+        if let Some(bare) = text.strip_prefix(mark) {
+            let lines = wrap_bare(bare, room.saturating_sub(mark.len()));
+            let margin = std::iter::once(mark).chain(std::iter::repeat("  "));
+            return lines.iter().zip(margin).map(|(line, margin)| format!("{margin}{line}")).collect();
+        }
+    }
+    wrap_bare(&text, room)
+}
+
+/// Breaks after a blank where there is one in the second half of the line, else anywhere.
+fn wrap_bare(text: &str, room: usize) -> Vec<String> {
     let mut lines = Vec::new();
-    let mut rest = text.as_str();
+    let mut rest = text;
     while width(rest) > room && lines.len() + 1 < MAX_LINES {
         let (line, next) = rest.split_at(break_point(rest, room));
         lines.push(line.trim_end().to_string());
@@ -61,7 +82,7 @@ fn wrap(text: &str, room: usize) -> Vec<String> {
     }
     if width(rest) > room {
         let cut = break_point(rest, room.saturating_sub(1));
-        lines.push(format!("{}…", &rest[..cut]));
+        lines.push(format!("{}…", rest[..cut].trim_end()));
     } else {
         lines.push(rest.to_string());
     }

@@ -1,19 +1,20 @@
 //! Deciding conflicts. A decision is an ordinary later write (I11): made here, captured and replicated like
-//! any other, and the record it closes travels with it in the same transaction.
+//! any other, and the record it closes travels with it in the same transaction, under the version of that
+//! write. So of two decisions that cross, record and row follow the same one.
 mod choice;
+mod columns;
+mod desk;
 mod grid;
 mod row;
 mod show;
 mod stored;
 
 use super::answer;
-use crate::error::{Error, Result};
-use crate::relation;
-use choice::{Choice, Request};
+use desk::{Desk, Outcome};
 use pgrx::iter::SetOfIterator;
 use pgrx::prelude::*;
 use pgrx::{Json, PgRelation};
-use stored::Stored;
+use stored::{Filter, Stored};
 use tandem_model::record::Status;
 
 /// Decides a conflict by writing what was chosen; see `tandem.conflicts` for what there is to choose from.
@@ -25,20 +26,31 @@ fn resolve(
     note: default!(Option<&str>, "null"),
     force: default!(bool, "false"),
 ) {
-    let request = answer(Request::new(resolution, with_tuple));
-    match answer(resolve_one(conflict_id, &request, note, force)) {
+    let request = answer(choice::Request::new(resolution, with_tuple));
+    match answer(desk::resolve_one(conflict_id, &request, note, force)) {
         Outcome::Done => {}
-        Outcome::RowChanged(error) => error.raise(),
+        Outcome::Left(error) => error.raise(),
     }
 }
 
-/// Decides every open conflict of a table alike. Returns how many; those whose row has changed since stay open.
+/// Decides the open conflicts of a table alike, those that the filter lets through. Returns how many; those
+/// that cannot be decided so, or whose row has changed since, stay open.
 #[pg_extern]
-fn resolve_all(rel: PgRelation, resolution: &str, note: default!(Option<&str>, "null")) -> i64 {
-    let (schema, table) = (rel.namespace().to_string(), rel.name().to_string());
+fn resolve_all(
+    rel: PgRelation,
+    resolution: &str,
+    note: default!(Option<&str>, "null"),
+    conflict_type: default!(Option<&str>, "null"),
+    detected_after: default!(Option<TimestampWithTimeZone>, "null"),
+    detected_before: default!(Option<TimestampWithTimeZone>, "null"),
+    columns: default!(Option<Vec<String>>, "null"),
+) -> i64 {
+    let (relid, schema, table) = (rel.oid(), rel.namespace().to_string(), rel.name().to_string());
     drop(rel);
-    let request = answer(Request::new(Some(resolution), None));
-    answer(resolve_table(&schema, &table, &request, note))
+    let request = answer(choice::Request::new(Some(resolution), None));
+    let conflict_type = conflict_type.map(str::to_string);
+    let filter = Filter { schema, table, conflict_type, detected_after, detected_before, columns };
+    answer(Desk::of(relid).and_then(|mut desk| desk.resolve_all(&filter, &request, note)))
 }
 
 /// Closes a conflict and leaves the row as it is.
@@ -46,7 +58,7 @@ fn resolve_all(rel: PgRelation, resolution: &str, note: default!(Option<&str>, "
 fn ignore(conflict_id: pgrx::Uuid, note: default!(Option<&str>, "null")) {
     answer(Stored::locked(conflict_id).and_then(|mut stored| {
         stored.require_open(false)?;
-        stored.close(Status::Ignored, None, note)
+        stored.close(Status::Ignored, None, note, None)
     }));
 }
 
@@ -54,42 +66,4 @@ fn ignore(conflict_id: pgrx::Uuid, note: default!(Option<&str>, "null")) {
 #[pg_extern]
 fn show_conflict(conflict_id: pgrx::Uuid) -> SetOfIterator<'static, String> {
     SetOfIterator::new(answer(Stored::read(conflict_id).map(|stored| show::lines(&stored))))
-}
-
-enum Outcome {
-    Done,
-    /// Nothing was written: the row is no longer what the conflict left behind.
-    RowChanged(Error),
-}
-
-fn resolve_one(id: pgrx::Uuid, request: &Request, note: Option<&str>, force: bool) -> Result<Outcome> {
-    let mut stored = Stored::locked(id)?;
-    stored.require_open(force)?;
-    let relid = stored.relid.ok_or_else(|| stored.table_is_gone())?;
-    let relation = relation::synced_by_oid(relid)?;
-    let choice = Choice::of(request, &stored, &relation)?;
-    if let Some(error) = row::write(&relation, &stored, &choice, force)? {
-        return Ok(Outcome::RowChanged(error));
-    }
-    stored.close(Status::Resolved, Some(&request.label(&stored)), note)?;
-    Ok(Outcome::Done)
-}
-
-fn resolve_table(schema: &str, table: &str, request: &Request, note: Option<&str>) -> Result<i64> {
-    let (mut done, mut changed) = (0, 0);
-    for id in stored::open_ids(schema, table)? {
-        match resolve_one(id, request, note, false)? {
-            Outcome::Done => done += 1,
-            Outcome::RowChanged(_) => changed += 1,
-        }
-    }
-    if changed > 0 {
-        super::advice::warn(
-            &format!("{changed} conflicts were left open: their rows have changed since"),
-            Some(
-                "Look at them in tandem.open_conflicts and decide each with tandem.resolve(conflict_id, …, force => true).",
-            ),
-        );
-    }
-    Ok(done)
 }

@@ -2,10 +2,12 @@
 //! decision that travels.
 use crate::error::{Error, Result};
 use crate::pg::identity::ActingAs;
+use crate::relation::SyncedRelation;
 use crate::{apply, capture, clock};
 use pgrx::prelude::*;
+use std::rc::Rc;
 use tandem_model::change::Item;
-use tandem_model::hlc::NodeId;
+use tandem_model::hlc::{Hlc, NodeId};
 use tandem_model::record::{ConflictType, Decision, Image, Record, Status};
 
 /// A record and what this node knows around it.
@@ -15,10 +17,28 @@ pub struct Stored {
     shown: Record,
     /// The table of today; none if it was dropped or renamed.
     pub relid: Option<pg_sys::Oid>,
+    /// This node and the other one.
+    pub around: Rc<Around>,
+}
+
+/// Who decides, and between whom.
+pub struct Around {
     pub own: NodeId,
     pub own_name: String,
     /// The other node's name: as it calls itself, else as the peer was added.
     pub peer_name: Option<String>,
+    session_user: String,
+}
+
+/// Which of a table's open conflicts are meant.
+pub struct Filter {
+    pub schema: String,
+    pub table: String,
+    pub conflict_type: Option<String>,
+    pub detected_after: Option<TimestampWithTimeZone>,
+    pub detected_before: Option<TimestampWithTimeZone>,
+    /// Those that lost nothing but these.
+    pub columns: Option<Vec<String>>,
 }
 
 /// What the record knows of one side.
@@ -30,9 +50,8 @@ pub enum Side<'a> {
 }
 
 const READ: &str = "
-    select c.record::text, t.oid, n.id::int4, n.name, p.name
-    from tandem.conflict c cross join tandem.node n
-    left join lateral (select coalesce(node_name, name) as name from tandem.peer limit 1) p on true
+    select c.record::text, t.oid
+    from tandem.conflict c
     left join lateral (
         select r.oid from pg_class r join pg_namespace s on s.oid = r.relnamespace
         where s.nspname = c.schema_name and r.relname = c.table_name) t on true
@@ -50,11 +69,12 @@ impl Stored {
     }
 
     fn fetch(query: &str, id: pgrx::Uuid) -> Result<Stored> {
+        let around = Rc::new(Around::read()?);
         let found = {
             let _catalog = ActingAs::superuser();
             Spi::connect_mut(|client| -> Result<Option<Stored>> {
                 let rows = client.update(query, Some(1), &[id.into()])?;
-                rows.into_iter().next().map(|row| Stored::from_row(&row)).transpose()
+                rows.into_iter().next().map(|row| Stored::from_row(&row, around)).transpose()
             })?
         };
         let stored = found.ok_or_else(|| {
@@ -64,36 +84,15 @@ impl Stored {
                 "SELECT conflict_id FROM tandem.conflicts; shows those there are.",
             )
         })?;
-        stored.require_rights()?;
+        require_rights(stored.relid, &stored.table_name())?;
         Ok(stored)
     }
 
-    fn from_row(row: &pgrx::spi::SpiHeapTupleData<'_>) -> Result<Stored> {
+    fn from_row(row: &pgrx::spi::SpiHeapTupleData<'_>, around: Rc<Around>) -> Result<Stored> {
         let text: String = row.get(1)?.unwrap_or_default();
         let record: Record =
             serde_json::from_str(&text).map_err(|e| Error::bug(format!("a conflict record cannot be read: {e}")))?;
-        Ok(Stored {
-            shown: record.settled(),
-            record,
-            relid: row.get(2)?,
-            own: NodeId(row.get::<i32>(3)?.unwrap_or(0) as u8),
-            own_name: row.get(4)?.unwrap_or_default(),
-            peer_name: row.get(5)?,
-        })
-    }
-
-    /// The table's owner, or a member of tandem_admin.
-    fn require_rights(&self) -> Result<()> {
-        let query = "select pg_catalog.pg_has_role('tandem_admin', 'usage') or exists (
-            select from pg_catalog.pg_class where oid = $1 and pg_catalog.pg_has_role(relowner, 'usage'))";
-        if Spi::get_one_with_args::<bool>(query, &[self.relid.into()])? == Some(true) {
-            return Ok(());
-        }
-        Err(Error::operator(
-            PgSqlErrorCode::ERRCODE_INSUFFICIENT_PRIVILEGE,
-            format!("must be owner of table {} or a member of tandem_admin", self.table_name()),
-            "GRANT tandem_admin TO …; or let the table's owner decide.",
-        ))
+        Ok(Stored { shown: record.settled(), record, relid: row.get(2)?, around })
     }
 
     pub fn table_name(&self) -> String {
@@ -110,12 +109,12 @@ impl Stored {
 
     /// The row as this node had it.
     pub fn local(&self) -> Side<'_> {
-        self.side(self.shown.tuples.get(&self.own.0))
+        self.side(self.shown.tuples.get(&self.around.own.0))
     }
 
     /// The row as the other node had it.
     pub fn remote(&self) -> Side<'_> {
-        self.side(self.shown.tuples.iter().find(|(node, _)| **node != self.own.0).map(|(_, image)| image))
+        self.side(self.shown.tuples.iter().find(|(node, _)| **node != self.around.own.0).map(|(_, image)| image))
     }
 
     /// The row as the node had it whose write lost.
@@ -165,33 +164,127 @@ impl Stored {
     }
 
     /// Writes the decision here and into this transaction's journal row, so that the peer closes it too.
-    pub fn close(&mut self, status: Status, resolution: Option<&str>, note: Option<&str>) -> Result<()> {
-        let session_user = Spi::get_one::<String>("select session_user::text")?;
+    /// `version`: that of the write that it became.
+    pub fn close(
+        &mut self,
+        status: Status,
+        resolution: Option<&str>,
+        note: Option<&str>,
+        version: Option<Hlc>,
+    ) -> Result<()> {
+        let before = self.record.decision.version;
+        let version = match version.filter(|v| *v > before) {
+            Some(version) => version,
+            None => clock::tick(),
+        };
         self.record.decision = Decision {
-            version: clock::tick(),
+            version,
             status,
-            by: session_user,
+            by: Some(self.around.session_user.clone()),
             at: Some(clock::wall_ms() * 1000),
             resolution: resolution.map(str::to_string),
             note: note.map(str::to_string).or_else(|| self.record.decision.note.take()),
         };
-        apply::conflict::upsert(self.record.clone())?;
+        apply::history::decide(&self.record)?;
         let bytes = serde_json::to_vec(&self.record).map_err(|e| Error::bug(e.to_string()))?;
         capture::emit(&Item::Record(serde_bytes::Bytes::new(&bytes)));
         Ok(())
     }
 }
 
-/// Open conflicts of a table, oldest first.
-pub fn open_ids(schema: &str, table: &str) -> Result<Vec<pgrx::Uuid>> {
-    let _catalog = ActingAs::superuser();
-    let query = "select conflict_id from tandem.conflict
-                 where schema_name = $1 and table_name = $2 and status = 'open' order by detected_at, conflict_id";
-    let ids = Spi::connect(|client| -> std::result::Result<Vec<_>, pgrx::spi::Error> {
-        let rows = client.select(query, None, &[schema.into(), table.into()])?;
-        rows.filter_map(|row| row.get::<pgrx::Uuid>(1).transpose()).collect()
-    })?;
-    Ok(ids)
+impl Around {
+    fn read() -> Result<Around> {
+        let query = "select n.id::int4, n.name, (select coalesce(node_name, name) from tandem.peer limit 1),
+                     session_user::text from tandem.node n";
+        let _catalog = ActingAs::superuser();
+        Spi::connect(|client| -> Result<Around> {
+            let row = client.select(query, Some(1), &[])?.first();
+            if row.is_empty() {
+                return Err(Error::operator(
+                    PgSqlErrorCode::ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE,
+                    "this database is not a node",
+                    "SELECT tandem.create_node('tokyo', 1);",
+                ));
+            }
+            Ok(Around {
+                own: NodeId(row.get::<i32>(1)?.unwrap_or(0) as u8),
+                own_name: row.get(2)?.unwrap_or_default(),
+                peer_name: row.get(3)?,
+                session_user: row.get(4)?.unwrap_or_default(),
+            })
+        })
+    }
+}
+
+impl Filter {
+    /// Errors: 42501 if the caller may not decide about the table, 22023 or 42703 if it has no such conflicts.
+    pub fn check(&self, relation: &SyncedRelation) -> Result<()> {
+        require_rights(Some(relation.relid), &relation.display_name())?;
+        if let Some(name) = &self.conflict_type
+            && serde_json::from_value::<ConflictType>(name.as_str().into()).is_err()
+        {
+            return Err(Error::operator(
+                PgSqlErrorCode::ERRCODE_INVALID_PARAMETER_VALUE,
+                format!("conflict type \"{name}\" is not known"),
+                "SELECT DISTINCT conflict_type FROM tandem.open_conflicts; shows those there are.",
+            ));
+        }
+        let is_column = |name: &&String| relation.columns.iter().any(|c| c.name == **name);
+        match self.columns.iter().flatten().find(|name| !is_column(name)) {
+            None => Ok(()),
+            Some(name) => Err(Error::operator(
+                PgSqlErrorCode::ERRCODE_UNDEFINED_COLUMN,
+                format!("column \"{name}\" of table {} does not exist", relation.display_name()),
+                "columns names columns of the table, for example columns => '{balance}'.",
+            )),
+        }
+    }
+
+    /// The next of them after this time (µs) and id, oldest first, locked until the end of the transaction.
+    pub fn page(&self, relid: pg_sys::Oid, after: Option<(i64, uuid::Uuid)>, limit: i64) -> Result<Vec<Stored>> {
+        const QUERY: &str = "
+            select record::text, $3::oid from tandem.conflict
+            where schema_name = $1 and table_name = $2 and status = 'open'
+              and ($4 is null or conflict_type = $4)
+              and ($5 is null or detected_at >= $5) and ($6 is null or detected_at < $6)
+              and ($7 is null or (cells <> '{}' and string_to_array(array_to_string(cells, ','), ',') <@ $7))
+              and (detected_at, conflict_id) > (coalesce('epoch'::timestamptz + $8 * interval '1 microsecond', '-infinity'),
+                   coalesce($9, '00000000-0000-0000-0000-000000000000'))
+            order by detected_at, conflict_id limit $10 for update";
+        let around = Rc::new(Around::read()?);
+        let (time, id) = after.unzip();
+        let arguments = [
+            self.schema.as_str().into(),
+            self.table.as_str().into(),
+            relid.into(),
+            self.conflict_type.as_deref().into(),
+            self.detected_after.into(),
+            self.detected_before.into(),
+            self.columns.clone().into(),
+            time.into(),
+            id.map(|id| pgrx::Uuid::from_bytes(*id.as_bytes())).into(),
+            limit.into(),
+        ];
+        let _catalog = ActingAs::superuser();
+        Spi::connect_mut(|client| {
+            let rows = client.update(QUERY, None, &arguments)?;
+            rows.into_iter().map(|row| Stored::from_row(&row, around.clone())).collect()
+        })
+    }
+}
+
+/// The table's owner, or a member of tandem_admin.
+fn require_rights(relid: Option<pg_sys::Oid>, table: &str) -> Result<()> {
+    let query = "select pg_catalog.pg_has_role('tandem_admin', 'usage') or exists (
+        select from pg_catalog.pg_class where oid = $1 and pg_catalog.pg_has_role(relowner, 'usage'))";
+    if Spi::get_one_with_args::<bool>(query, &[relid.into()])? == Some(true) {
+        return Ok(());
+    }
+    Err(Error::operator(
+        PgSqlErrorCode::ERRCODE_INSUFFICIENT_PRIVILEGE,
+        format!("must be owner of table {table} or a member of tandem_admin"),
+        "GRANT tandem_admin TO …; or let the table's owner decide.",
+    ))
 }
 
 pub fn status_name(status: Status) -> &'static str {

@@ -4,6 +4,34 @@ use std::collections::BTreeMap;
 use tandem_model::hlc::{Hlc, NodeId};
 use tandem_model::record::{ConflictType, Decision, Image, Record, Status};
 
+/// A conflict about column `a` of a row that need not be there.
+pub fn met(table: &str, key: i32, status: Status) -> Record {
+    let winning = crate::clock::tick();
+    let losing = Hlc::from_parts(winning.unix_millis() - 1, winning.counter(), NodeId(2)).expect("a time of today");
+    let key = raw(&format!("{{\"id\":{key}}}"));
+    Record {
+        conflict_id: Record::id("public", table, key.get(), losing),
+        schema: "public".to_string(),
+        table: table.to_string(),
+        key,
+        conflict_type: ConflictType::UpdateOriginDiffers,
+        constraint_name: None,
+        rival: None,
+        overruled: BTreeMap::new(),
+        losing,
+        winning,
+        cells: vec!["a".to_string()],
+        lost: BTreeMap::new(),
+        replaced: BTreeMap::new(),
+        base: None,
+        tuples: BTreeMap::new(),
+        result: None,
+        policy: "last_update_wins".to_string(),
+        detected_at: crate::clock::wall_ms() * 1000,
+        decision: Decision { version: Hlc(0), status, by: None, at: None, resolution: None, note: None },
+    }
+}
+
 /// A conflict on `table` with key `{"id":1}` that the peer (node 2) has lost, recorded as if just met.
 /// Images are (base, local, remote, result).
 fn record(
@@ -13,33 +41,14 @@ fn record(
     status: Status,
     images: [Option<&str>; 4],
 ) -> String {
-    let winning = crate::clock::tick();
-    let losing = Hlc::from_parts(winning.unix_millis() - 1, winning.counter(), NodeId(2)).expect("a time of today");
-    let key = raw("{\"id\":1}");
+    let met = met(table, 1, status);
+    let winning = met.winning;
     let image = |text: &str| Image { rank: (1, winning), tuple: raw(text) };
     let [base, local, remote, result] = images.map(|text| text.map(image));
     let tuples: BTreeMap<u8, Image> =
         [(1, local), (2, remote)].into_iter().filter_map(|(n, i)| Some((n, i?))).collect();
-    let record = Record {
-        conflict_id: Record::id("public", table, key.get(), losing),
-        schema: "public".to_string(),
-        table: table.to_string(),
-        key,
-        conflict_type,
-        constraint_name: None,
-        losing,
-        winning,
-        cells: cells.iter().map(|c| c.to_string()).collect(),
-        lost: BTreeMap::new(),
-        replaced: BTreeMap::new(),
-        overruled: BTreeMap::new(),
-        base,
-        tuples,
-        result,
-        policy: "last_update_wins".to_string(),
-        detected_at: crate::clock::wall_ms() * 1000,
-        decision: Decision { version: Hlc(0), status, by: None, at: None, resolution: None, note: None },
-    };
+    let cells = cells.iter().map(|c| c.to_string()).collect();
+    let record = Record { conflict_type, cells, base, tuples, result, ..met };
     store(&record);
     record.conflict_id.to_string()
 }
@@ -48,8 +57,8 @@ fn raw(text: &str) -> Box<serde_json::value::RawValue> {
     serde_json::value::RawValue::from_string(text.to_string()).expect(text)
 }
 
-fn store(record: &Record) {
-    assert!(crate::apply::conflict::upsert(record.clone()).expect("the record is stored"), "it is new");
+pub fn store(record: &Record) {
+    assert!(crate::apply::history::upsert(record.clone()).expect("the record is stored"), "it is new");
 }
 
 const BASE: &str = "{\"id\":1,\"a\":10,\"b\":\"base\"}";
@@ -98,11 +107,10 @@ mod tests {
             run(&format!("select tandem.resolve('{id}', '{side}', note => 'asked the branch')"));
             assert_eq!(row(&table), expected, "{side}");
             let after: i64 = value(&format!("select _hlc::int8 from public.{table}"));
-            assert_eq!(
-                after > before,
-                expected != "20 base",
-                "a decision that changes nothing makes no version: {side}"
-            );
+            assert!(after > before, "a decision is a write also where it leaves the row as it is: {side}");
+            let decided: i64 =
+                value(&format!("select decision_version::int8 from tandem.conflict where conflict_id = '{id}'"));
+            assert_eq!(decided, after, "the record follows the same order as the row: {side}");
             let closed = format!(
                 "select status || ' ' || resolved_by || ' ' || note from tandem.conflicts
                  where conflict_id = '{id}' and resolved_at is not null and conflict_resolution is not null"
@@ -253,13 +261,16 @@ mod tests {
         let id = update_conflict("shown", Status::Open);
         let text: String = value(&format!("select string_agg(l, E'\\n') from tandem.show_conflict('{id}') l"));
         for part in [
-            "update_origin_differs on public.shown, key {\"id\":1}",
+            "what      update_origin_differs on public.shown",
+            "key       {\"id\":1}",
+            "kept      tokyo (local) updated at 20",
+            "lost      node 2 (remote) updated at 20",
+            ": column a",
+            "status    open",
             "> a",
-            "20 *",
-            "30 *",
+            "* 20",
+            "* 30",
             "local (tokyo)",
-            "lost: a",
-            "status open",
         ] {
             assert!(text.contains(part), "{part}: {text}");
         }
@@ -272,7 +283,97 @@ mod tests {
             [None, Some(LOCAL), Some(&long), Some(LOCAL)],
         );
         let widest: i32 = value(&format!("select max(length(l)) from tandem.show_conflict('{id}') l"));
-        assert!(widest <= 100, "{widest}");
+        assert!(widest <= 98, "{widest}");
+    }
+
+    #[pg_test]
+    fn long_values_are_shown_once_and_where_they_differ() {
+        update_conflict("wordy", Status::Open);
+        let tuple = |end: &str| format!("{{\"id\":1,\"a\":10,\"b\":\"{}{end}\"}}", "the same beginning ".repeat(30));
+        let (base, local, remote) = (tuple("of both"), tuple("of mine"), tuple("of theirs"));
+        let id = record(
+            "wordy",
+            ConflictType::UpdateOriginDiffers,
+            &["b"],
+            Status::Open,
+            [Some(&base), Some(&local), Some(&remote), Some(&local)],
+        );
+        let text: String = value(&format!("select string_agg(l, E'\\n') from tandem.show_conflict('{id}') l"));
+        for part in ["of mine", "of theirs", "(as local)", "* \u{2026}"] {
+            assert!(text.contains(part), "{part}: {text}");
+        }
+        assert_eq!(text.matches("of mine").count(), 1, "{text}");
+        assert!(text.lines().count() < 25, "{text}");
+    }
+
+    #[pg_test]
+    fn a_row_that_row_level_security_hides_from_its_owner_is_decided_all_the_same() {
+        let id = update_conflict("hidden", Status::Open);
+        run("create role tenant; alter table public.hidden owner to tenant;
+             alter table public.hidden enable row level security; alter table public.hidden force row level security;
+             create policy nobody on public.hidden using (false)");
+        run("set local role tenant");
+        assert_eq!(value::<i64>("select count(*) from public.hidden"), 0, "hidden");
+        run(&format!("select tandem.resolve('{id}', 'remote')"));
+        assert_eq!(value::<i64>("select count(*) from public.hidden"), 0, "and still so for everything else");
+        run("reset role");
+        assert_eq!(row("hidden"), "30 base");
+    }
+
+    #[pg_test]
+    fn the_history_follows_columns_that_got_another_name() {
+        let id = update_conflict("renamed", Status::Open);
+        run("alter table public.renamed rename a to amount; alter table public.renamed add c int default 5");
+        run(&format!("select tandem.resolve('{id}', 'remote')"));
+        assert_eq!(value::<String>("select format('%s %s %s', amount, b, c) from public.renamed"), "30 base 5");
+
+        let id = update_conflict("dropped", Status::Open);
+        run("alter table public.dropped drop a");
+        let refusal = refused("55000", &format!("select tandem.resolve('{id}', 'remote')"));
+        assert!(refusal.message.contains("column \"a\""), "{refusal:?}");
+        run(&format!("select tandem.ignore('{id}')"));
+
+        // Another column of the old name is another column.
+        let id = update_conflict("replaced", Status::Open);
+        run("alter table public.replaced drop a; alter table public.replaced add a int default 7");
+        refused("55000", &format!("select tandem.resolve('{id}', 'remote')"));
+        assert_eq!(value::<i32>("select a from public.replaced"), 7);
+    }
+
+    #[pg_test]
+    fn what_was_decided_and_removed_does_not_come_back_open() {
+        let id = update_conflict("forgotten", Status::Open);
+        let text: String = value(&format!("select record::text from tandem.conflict where conflict_id = '{id}'"));
+        let told: Record = serde_json::from_str(&text).expect("a record");
+        run(&format!("select tandem.resolve('{id}', 'remote', note => 'decided')"));
+        run(&format!(
+            "with gone as (delete from tandem.conflict where conflict_id = '{id}' returning *)
+             insert into tandem.conflict_removed (conflict_id, decision) select conflict_id, record -> 'decision' from gone"
+        ));
+        run("insert into tandem.conflict_count values ('public', 'forgotten', 'update_origin_differs', 1, now())");
+        store(&told);
+        let status = format!("select status || ' ' || note from tandem.conflicts where conflict_id = '{id}'");
+        assert_eq!(value::<String>(&status), "resolved decided");
+        let counted = "select conflicts from tandem.stat_conflicts where relation = 'forgotten'::regclass";
+        assert_eq!(value::<i64>(counted), 1, "and it counts once");
+    }
+
+    #[pg_test]
+    fn only_some_of_the_open_conflicts_are_decided_by_a_filter() {
+        update_conflict("some", Status::Open);
+        let all = "select count(*) from tandem.open_conflicts where relation = 'some'::regclass";
+        let resolve =
+            |filter: &str| value::<i64>(&format!("select tandem.resolve_all('some', 'remote', null, {filter})"));
+        assert_eq!(resolve("'insert_exists'"), 0);
+        assert_eq!(resolve("detected_after => now() + interval '1 hour'"), 0);
+        assert_eq!(resolve("detected_before => '-infinity'"), 0);
+        assert_eq!(resolve("columns => '{b}'"), 0);
+        assert_eq!(value::<i64>(all), 1);
+        refused("22023", "select tandem.resolve_all('some', 'remote', conflict_type => 'nonsense')");
+        refused("42703", "select tandem.resolve_all('some', 'remote', columns => '{nonesuch}')");
+        assert_eq!(resolve("'update_origin_differs', now() - interval '1 hour', 'infinity', '{b,a}'"), 1);
+        assert_eq!(value::<i64>(all), 0);
+        assert_eq!(row("some"), "30 base");
     }
 
     #[pg_test]

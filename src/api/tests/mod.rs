@@ -3,6 +3,7 @@
 mod conflicts;
 mod errors;
 mod journal;
+mod notify;
 mod policies;
 mod rights;
 mod tables;

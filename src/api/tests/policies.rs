@@ -109,7 +109,7 @@ mod tests {
         shop();
         run("create role keeper; create role clerk in role tandem_admin; alter table shop owner to keeper");
         run("set local role keeper");
-        refused("42501", "select tandem.set_policy('shop', 'manual')");
+        assert_eq!(refusal("select tandem.set_policy('shop', 'manual')").sqlstate, "42501");
         run("reset role; set local role clerk");
         refused("42501", "select tandem.set_policy('shop', 'manual')");
         assert_eq!(value::<i64>("select count(*) from tandem.policies"), 0);

@@ -45,12 +45,12 @@ pub struct Descriptor {
     /// Attribute numbers of the key, in key order.
     #[serde(deserialize_with = "crate::bounded::list")]
     pub key: Vec<u16>,
-    /// What becomes of a row whose parent was deleted unseen.
-    #[serde(default)]
-    pub on_fk: OnFk,
     /// How conflicts are decided at once, where not by the later write: what (rows, cells, columns) → policy.
     #[serde(default)]
     pub policies: BTreeMap<String, String>,
+    /// What becomes of a row whose parent was deleted unseen.
+    #[serde(default)]
+    pub on_fk: OnFk,
 }
 
 /// Why two descriptors of one table name don't go together; text for `tandem.tables`.
@@ -85,15 +85,15 @@ impl Descriptor {
         if let Some(cell) = theirs.difference(&mine).next() {
             return differs(format!("{} is decided as one cell on the peer but not here", list(cell)));
         }
-        if self.on_fk != other.on_fk {
-            return differs(format!("on_fk is '{}' here and '{}' on the peer", self.on_fk, other.on_fk));
-        }
         for what in self.policies.keys().chain(other.policies.keys()) {
             let by = |shape: &Descriptor| shape.policies.get(what).cloned().unwrap_or("last_update_wins".into());
             if by(self) != by(other) {
                 let (ours, theirs) = (by(self), by(other));
                 return differs(format!("{what} decided by {ours} here and by {theirs} on the peer"));
             }
+        }
+        if self.on_fk != other.on_fk {
+            return differs(format!("on_fk is '{}' here and '{}' on the peer", self.on_fk, other.on_fk));
         }
         Ok(())
     }
@@ -143,8 +143,8 @@ mod tests {
             table: "t".into(),
             columns: columns.collect(),
             key: key.to_vec(),
-            on_fk: OnFk::default(),
             policies: BTreeMap::new(),
+            on_fk: OnFk::default(),
         }
     }
     fn why(a: &Descriptor, b: &Descriptor) -> String {

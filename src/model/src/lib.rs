@@ -15,6 +15,7 @@ pub mod hlc;
 pub mod judge;
 pub mod net;
 pub mod orphan;
+pub mod pace;
 pub mod policy;
 pub mod policy_log;
 pub mod record;

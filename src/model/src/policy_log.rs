@@ -60,7 +60,7 @@ pub fn version_of_pair(arbiter: NodeId, a: Hlc, b: Hlc) -> Hlc {
 
 /// A version of this node above all others: what is in force now.
 pub fn latest(node: NodeId) -> Hlc {
-    Hlc(u64::MAX & !63 | u64::from(node.0))
+    Hlc(!63 | u64::from(node.0))
 }
 
 /// The entries of one table, by version. It is asked with versions of the arbiter: entries of another node are

@@ -133,8 +133,12 @@ mod tests {
     #[test]
     fn a_body_gives_back_its_items() {
         let record = Bytes::new(b"{}");
-        let all =
-            [delete(&[Some(b"k"), None]), Item::Record(record), Item::Truncate { descriptor: 1, version: Hlc(9) }];
+        let all = [
+            delete(&[Some(b"k"), None]),
+            Item::Record(record),
+            Item::Truncate { descriptor: 1, version: Hlc(9) },
+            Item::Policy { descriptor: 7, entry: record },
+        ];
         let mut body = Vec::new();
         for item in &all {
             push_item(&mut body, item).expect("it is small");
@@ -143,7 +147,7 @@ mod tests {
         assert_eq!(back, all.map(Ok));
         // Cut anywhere but between items it ends with one error.
         let cuts = (0..body.len()).filter(|&n| items(&body[..n]).any(|i| i.is_err())).count();
-        assert_eq!(cuts, body.len() - 3);
+        assert_eq!(cuts, body.len() - 4);
     }
 
     #[test]

@@ -189,7 +189,7 @@ impl World {
             hlc: row.hlc,
             versions: row.versions.clone(),
         };
-        let mut same = |c: CellId| sent.values.get(&c).is_some() && sent.values.get(&c) == row.values.get(&c);
+        let mut same = |c: CellId| sent.values.contains_key(&c) && sent.values.get(&c) == row.values.get(&c);
         let verdict = judge(&state, &sent.change, &node.stable, &Policies::default(), &mut same);
         let taken = match &verdict.effect {
             Effect::Insert | Effect::Replace => CELLS.to_vec(),
@@ -202,7 +202,7 @@ impl World {
             Effect::Missing => panic!("a key is missing"),
             _ => {}
         }
-        taken.iter().for_each(|c| drop(row.values.insert(*c, sent.values[c])));
+        row.values.extend(taken.iter().map(|c| (*c, sent.values[c])));
         (row.hlc, row.versions) = (verdict.hlc, verdict.versions.clone());
         let before = held.unwrap_or_default();
         node.rows.insert(sent.key, row);
