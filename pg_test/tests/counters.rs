@@ -113,3 +113,39 @@ fn s29_counter_is_kept_when_everything_is_forgotten() {
     let query = "select _cells::text::tandem.cells::text = _cells::text and _cells::text like '%.sum=10 0 %' from s29_counter_kept";
     pair.assert_rows(query, &["t"]);
 }
+
+#[test]
+fn s29_counter_while_both_write() {
+    let pair = shared();
+    counter(&pair, "s29_counter_load", "id int primary key, n bigint, other int");
+    pair.a.exec("insert into s29_counter_load select g, 0, 0 from generate_series(1, 3) g");
+    pair.sync();
+    for turn in 0..100 {
+        pair.a.exec(&format!("update s29_counter_load set n = n + 1, other = {turn} where id <= {}", turn % 3 + 1));
+        pair.b.exec(&format!("update s29_counter_load set n = n + 10 where id >= {}", turn % 3 + 1));
+    }
+    pair.sync();
+    pair.assert_rows("select n from s29_counter_load order by id", &["440", "736", "1033"]);
+    pair.assert_converged("s29_counter_load");
+    assert!(pair.history("s29_counter_load").is_empty(), "nothing was lost");
+}
+
+#[test]
+fn s29_counter_that_a_check_forbids_is_settled() {
+    let pair = shared();
+    counter(&pair, "s29_counter_check", "id int primary key, n int check (n >= 0)");
+    pair.a.exec("insert into s29_counter_check values (1, 10)");
+    pair.sync();
+    pair.partition();
+    pair.exec("update s29_counter_check set n = n - 8");
+    pair.heal();
+    pair.sync();
+    // Both cannot count: that of the arbiter does.
+    pair.assert_rows("select n from s29_counter_check", &["2"]);
+    pair.assert_converged("s29_counter_check");
+    let history = pair.history("s29_counter_check");
+    assert!(history.iter().any(|r| r["conflict_type"] == "check_violation"), "{history:?}");
+    pair.a.exec("update s29_counter_check set n = n + 5");
+    pair.sync();
+    pair.assert_rows("select n from s29_counter_check", &["7"]);
+}
