@@ -437,3 +437,26 @@ fn s29_node_priority() {
     decide(&pair, "s29_node", ["'a1'", "'a2'"], ["'b1'", "'b2'"], ["b1", "b1", "b2", "b2"]);
     assert_eq!(policies_on_record(&pair, "s29_node"), ["node_priority(2)"]);
 }
+
+#[test]
+fn s98_a_pair_is_judged_by_what_was_in_force_at_the_arbiters_write() {
+    let pair = shared();
+    pair.table("s98_pair", "id int primary key, v int");
+    pair.a.exec("insert into s98_pair select n, 0 from generate_series(1, 4) n");
+    pair.sync();
+    pair.partition();
+    // Rows 1 and 2 are written by the arbiter before the policy, 3 and 4 after it; 1 and 3 later by B.
+    pair.b.exec("update s98_pair set v = 1 where id in (2, 4)");
+    pair.a.exec("update s98_pair set v = 9 where id in (1, 2)");
+    pair.a.exec("select tandem.set_policy('s98_pair', 'greatest', columns => '{v}')");
+    pair.a.exec("update s98_pair set v = 9 where id in (3, 4)");
+    tick();
+    pair.b.exec("update s98_pair set v = 1 where id in (1, 3)");
+    pair.heal();
+    pair.assert_rows("select v from s98_pair order by id", &["1", "9", "9", "9"]);
+    pair.assert_converged("s98_pair");
+    pair.assert_rows(
+        "select key_tuple->>'id', policy from tandem.conflicts where table_name = 's98_pair' order by 1",
+        &["1|last_update_wins", "2|last_update_wins", "3|greatest", "4|greatest"],
+    );
+}
