@@ -6,7 +6,6 @@ use crate::error::Result;
 use crate::pg::identity::ActingAs;
 use pgrx::prelude::*;
 use pgrx::spi::quote_qualified_identifier;
-use tandem_model::orphan::OnFk;
 
 /// All of them, of one table.
 pub struct Rules {
@@ -47,8 +46,6 @@ pub struct ForeignKey {
     pub orphaned: String,
     /// The stored rows that point at $1, a row of the parent's table, and at no stored parent: `ctid`.
     pub orphans: String,
-    /// What the child's table wants; none if it is not kept in sync.
-    pub on_fk: Option<OnFk>,
 }
 
 impl Rules {
@@ -169,7 +166,7 @@ fn foreign_keys(side: &str, relid: pg_sys::Oid) -> Result<Vec<ForeignKey>> {
         "select c.conname::text, c.conrelid, c.confrelid, c.conkey, c.confkey,
                 string_agg(format('parent.%I %s child.%I', p.attname, o.name, k.attname), ' and ' order by i),
                 string_agg(format('child.%I is not null', k.attname), ' and ' order by i),
-                format('%I.%I', cn.nspname, cr.relname), format('%I.%I', pn.nspname, pr.relname), s.on_fk
+                format('%I.%I', cn.nspname, cr.relname), format('%I.%I', pn.nspname, pr.relname)
          from pg_catalog.pg_constraint c
          cross join lateral generate_subscripts(c.conkey, 1) i
          join pg_catalog.pg_attribute k on k.attrelid = c.conrelid and k.attnum = c.conkey[i]
@@ -178,10 +175,9 @@ fn foreign_keys(side: &str, relid: pg_sys::Oid) -> Result<Vec<ForeignKey>> {
                        join pg_catalog.pg_namespace n on n.oid = o.oprnamespace where o.oid = c.conpfeqop[i]) o on true
          join pg_catalog.pg_class cr on cr.oid = c.conrelid join pg_catalog.pg_namespace cn on cn.oid = cr.relnamespace
          join pg_catalog.pg_class pr on pr.oid = c.confrelid join pg_catalog.pg_namespace pn on pn.oid = pr.relnamespace
-         left join tandem.synced_table s on s.relid = c.conrelid
          where c.{side} = $1 and c.contype = 'f' and c.conparentid = 0
          group by c.oid, c.conname, c.conrelid, c.confrelid, c.conkey, c.confkey, cn.nspname, cr.relname, pn.nspname,
-                  pr.relname, s.on_fk
+                  pr.relname
          order by 1"
     );
     Spi::connect(|client| {
@@ -204,7 +200,6 @@ fn foreign_keys(side: &str, relid: pg_sys::Oid) -> Result<Vec<ForeignKey>> {
                     "select child.ctid from only {child} child, (select ($1::{parent}).*) parent where {matches} \
                      and not exists (select from {parent} parent where {matches})"
                 ),
-                on_fk: row.get::<String>(10)?.and_then(|name| name.parse().ok()),
             });
         }
         Ok(found)
