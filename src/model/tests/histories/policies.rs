@@ -35,7 +35,7 @@ impl World {
                     wins_of_two_lives(*first, row, &writes)?;
                     let theirs: Vec<_> = life.iter().filter(|w| w.node == *first).collect();
                     let ends = |d: &&Write| d.node == *first || theirs.iter().all(|w| knew(d, w));
-                    Some(!life.iter().filter(|w| w.op == Op::Delete).any(|d| ends(d)))
+                    Some(!life.iter().filter(|w| w.op == Op::Delete).any(ends))
                 }
                 _ => None,
             };
