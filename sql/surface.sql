@@ -226,7 +226,7 @@ grant execute on function
     stagger_sequence(regclass), stamp(), stamp_delete(), capture(), capture_truncate(),
     peer_status(), table_states(), policy_states()
 to tandem_admin;
-grant select on status, tables, policies, policy, node, synced_table, peer_table, skipped, conflict, incarnation to tandem_admin;
+grant select on status, tables, policies, policy, node, synced_table, peer_table, skipped, displaced, conflict, incarnation to tandem_admin;
 -- All but the connection string, which may hold a password.
 grant select (name, paused, node_id, node_name, nonce, skip_position, added_at) on peer to tandem_admin;
 
