@@ -58,6 +58,28 @@ fn s30_one_value_for_two_new_rows() {
 }
 
 #[test]
+fn s30_a_place_becomes_free_while_the_line_is_cut() {
+    both_ways("s30_cut", |pair, first, second, t| {
+        pair.table(t, "id int primary key, u text unique");
+        pair.partition();
+        first.exec(&format!("insert into {t} values (1, 'x')"));
+        tick();
+        second.exec(&format!("insert into {t} values (2, 'x')"));
+        pair.heal();
+        settles(pair, &format!("select id from {t}"), &["2"]);
+        pair.partition();
+        first.exec(&format!("update {t} set u = 'y' where id = 2"));
+        first.wait_rows(&format!("select id, u from {t} order by id"), &["1|x", "2|y"]);
+        // Meanwhile another row takes it on the other side, and the later one keeps it.
+        tick();
+        second.exec(&format!("begin; delete from {t} where id = 2; insert into {t} values (3, 'x'); commit"));
+        pair.heal();
+        settles(pair, &format!("select id, u from {t} order by id"), &["3|x"]);
+        pair.assert_converged(t);
+    });
+}
+
+#[test]
 fn s31_one_value_for_two_old_rows() {
     both_ways("s31", |pair, first, second, t| {
         pair.table(t, "id int primary key, u text unique, n int");

@@ -51,6 +51,8 @@ pub struct Driver {
     peer: Peer,
     session: Session,
     contact: Option<Contact>,
+    /// The applier of the last contact, while there is none: displaced rows don't need the peer.
+    resting: Option<Applier>,
     /// Received whole and not yet applied.
     queue: VecDeque<Transaction>,
     spool: Option<Spool>,
@@ -86,6 +88,7 @@ impl Driver {
             peer,
             session: Session::new(limits(), now),
             contact: None,
+            resting: None,
             queue: VecDeque::new(),
             spool: None,
             housekeeping: Housekeeping::new(database),
@@ -153,11 +156,11 @@ impl Driver {
 
     /// Displaced rows may have found their place.
     fn reconsider(&mut self) {
-        let Some(contact) = &mut self.contact else { return };
         if self.peer.paused {
             return;
         }
-        match contact.applier.reconsider() {
+        let Some(applier) = self.contact.as_mut().map(|c| &mut c.applier).or(self.resting.as_mut()) else { return };
+        match applier.reconsider() {
             Ok(()) => self.unasked = None,
             Err(error) => {
                 // Once, if it goes away by itself, is a user who holds a lock.
@@ -175,12 +178,12 @@ impl Driver {
     fn wait(&mut self) {
         let now = boot_ms();
         let due = self.session.due_in(now).min(self.housekeeping.due_in(now)).min(self.look_at - now).max(0);
+        let applier = self.contact.as_ref().map(|c| &c.applier).or(self.resting.as_ref());
+        let asks = applier.filter(|_| !self.peer.paused).and_then(Applier::reconsiders_in);
+        let asks = asks.map_or(i64::MAX, |due| i64::try_from(due.as_millis()).unwrap_or(i64::MAX).max(1));
+        let due = due.min(asks);
         let waited = match &mut self.contact {
-            Some(contact) => {
-                let asks = contact.applier.reconsiders_in().filter(|_| !self.peer.paused);
-                let asks = asks.map_or(i64::MAX, |due| i64::try_from(due.as_millis()).unwrap_or(i64::MAX).max(1));
-                contact.link.wait(due.min(asks))
-            }
+            Some(contact) => contact.link.wait(due),
             None => {
                 process::wait(None, due);
                 Ok(())
@@ -383,6 +386,7 @@ impl Driver {
         let node = NodeId(theirs.node_id);
         let identity = PeerIdentity { name: self.peer.name.clone(), node, nonce: theirs.nonce };
         catalog::store_tables(&self.peer.name, tables.as_ref())?;
+        self.resting = None;
         let mut applier = Applier::new(identity)?;
         applier.refresh_tables()?;
         let mark = applier.progress();
@@ -395,6 +399,7 @@ impl Driver {
     fn disconnect(&mut self) {
         if let Some(mut contact) = self.contact.take() {
             contact.applier.flush();
+            self.resting = Some(contact.applier);
         }
         self.queue.clear();
         self.spool = None;
