@@ -338,6 +338,14 @@ fn check_kind(rel: &PgRelation) -> Result<()> {
     if crate::pg::query::value::<bool>(related, &[rel.oid().into()])? == Some(true) {
         return refuse("part of an inheritance tree");
     }
+    #[cfg(feature = "pg18")]
+    {
+        let of_a_period = "select exists (select from pg_catalog.pg_constraint where contype = 'f' and conperiod
+                           and (conrelid = $1 or confrelid = $1))";
+        if crate::pg::query::value::<bool>(of_a_period, &[rel.oid().into()])? == Some(true) {
+            return refuse("part of a foreign key with PERIOD");
+        }
+    }
     if rel.namespace() == "tandem" || rel.oid().to_u32() < pg_sys::FirstNormalObjectId {
         return refuse("a system table");
     }
@@ -359,7 +367,8 @@ fn find_key(rel: &PgRelation) -> Result<(pg_sys::Oid, Vec<i16>)> {
         let index = unsafe { PgRelation::with_lock(oid, pg_sys::AccessShareLock as pg_sys::LOCKMODE) };
         // SAFETY: rd_index is set for an index.
         let form = unsafe { &*index.rd_index };
-        if !form.indimmediate || !form.indisvalid || !form.indisunique {
+        // From 18 on a primary key may be WITHOUT OVERLAPS, which is an exclusion: equality doesn't find its rows.
+        if !form.indimmediate || !form.indisvalid || !form.indisunique || form.indisexclusion {
             continue;
         }
         // SAFETY: indkey holds indnkeyatts entries and more.
@@ -373,7 +382,7 @@ fn find_key(rel: &PgRelation) -> Result<(pg_sys::Oid, Vec<i16>)> {
         format!("table {} has no key that can tell its rows apart on both sides", rel.name()),
         format!(
             "ALTER TABLE {0} ADD PRIMARY KEY (...); or ALTER TABLE {0} REPLICA IDENTITY USING INDEX ...; \
-             (unique, not null, not deferrable, not partial)",
+             (unique, not null, not deferrable, not partial, not WITHOUT OVERLAPS)",
             rel.name()
         ),
     ))

@@ -360,6 +360,36 @@ fn s41_a_check_over_merged_columns() {
 }
 
 #[test]
+fn what_is_not_enforced_keeps_no_row_away() {
+    let pair = shared();
+    if pair.nodes().iter().any(|node| node.number("show server_version_num") < 180_000) {
+        return; // Constraints that are there and not enforced came with 18.
+    }
+    drop(pair);
+    both_ways("unenforced", |pair, first, second, t| {
+        pair.table(&format!("{t}_parent"), "id int primary key");
+        let columns = "id int primary key, u text unique, a int check (a > 0) not enforced, parent int";
+        pair.table(t, &format!("{columns}, foreign key (parent) references {t}_parent not enforced"));
+        first.exec(&format!("insert into {t}_parent values (7); insert into {t} values (1, 'w', 1, 7)"));
+        pair.sync();
+        // One value for two rows, so that the table's constraints are looked at one by one.
+        pair.partition();
+        first.exec(&format!("insert into {t} values (2, 'x', -2, 9)"));
+        tick();
+        second.exec(&format!("delete from {t}_parent; insert into {t} values (3, 'x', -3, 9)"));
+        first.exec(&format!("update {t} set a = -1"));
+        pair.heal();
+        settles(pair, &format!("select id, a, parent from {t} order by id"), &["1|-1|7", "3|-3|9"]);
+        pair.assert_rows(&format!("select count(*) from {t}_parent"), &["0"]);
+        let of_table = pair.history(t);
+        assert_eq!(of_table.len(), 1, "{of_table:?}");
+        assert_eq!(of_table[0]["constraint_name"], format!("{t}_u_key"));
+        assert_eq!(pair.history(&format!("{t}_parent")).len(), 0);
+        pair.assert_converged(t);
+    });
+}
+
+#[test]
 fn s42_two_rows_move_to_one_key() {
     both_ways("s42", |pair, first, second, t| {
         pair.table(t, "id int primary key, a text");

@@ -338,6 +338,44 @@ fn s98_policies_change_while_both_write() {
 }
 
 #[test]
+fn what_a_user_inserts_while_a_conflict_is_settled_is_not_overruled_unseen() {
+    let pair = shared();
+    pair.table("s98_reborn", "id int primary key, v int");
+    pair.a.exec("select tandem.set_policy('s98_reborn', 'greatest', columns => '{v}')");
+    for round in 0..4 {
+        let (row, other) = (round * 2, round * 2 + 1);
+        pair.a.exec(&format!("insert into s98_reborn values ({row}, 1), ({other}, 1)"));
+        pair.sync();
+        pair.partition();
+        pair.a.exec(&format!("delete from s98_reborn where id = {row}; insert into s98_reborn values ({row}, 2)"));
+        pair.a.exec(&format!("delete from s98_reborn where id = {row}"));
+        // Greater than all, of a life that is over; the other row holds up what comes after it.
+        pair.b.exec(&format!("begin; update s98_reborn set v = 9 where id = {row}; update s98_reborn set v = 9 where id = {other}; commit"));
+        // So that the peer finds nothing of the 9 when the deleted life comes, and adds nothing to its record.
+        pair.b.exec(&format!("update s98_reborn set v = 3 where id = {row}"));
+        let mut busy = pair.a.session();
+        busy.exec(&format!("begin; select from s98_reborn where id = {other} for update"));
+        pair.heal_lines();
+        pair.a.wait_blocked(pair.a.worker_pid());
+        pair.a.exec(&format!("insert into s98_reborn values ({row}, 7)"));
+        busy.exec("commit");
+        pair.sync();
+        // If the worker gave way, the pair was judged anew with the insert in it.
+        let shown = pair.a.one(&format!("select v from s98_reborn where id = {row}"));
+        let seven = format!(
+            "select count(*) from tandem.conflicts where table_name = 's98_reborn'
+            and (key_tuple->>'id')::int = {row} and '7' in (local_tuple->>'v', remote_tuple->>'v')"
+        );
+        assert!(
+            shown == "7" || pair.a.number(&seven) > 0,
+            "{shown}, and 7 is not on record\n{:?}",
+            pair.history("s98_reborn")
+        );
+    }
+    pair.assert_converged("s98_reborn");
+}
+
+#[test]
 fn a_policy_waits_for_open_writers_and_not_for_ever() {
     let pair = shared();
     pair.table("s98_busy", "id int primary key, v int");

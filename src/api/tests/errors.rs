@@ -47,6 +47,21 @@ mod tests {
         assert_eq!(refusal("select tandem.add_table('no_such_table')").sqlstate, "42P01");
     }
 
+    #[cfg(feature = "pg18")]
+    #[pg_test]
+    fn add_table_refuses_temporal_keys() {
+        ready();
+        run("create table booked (room int4range, during daterange, primary key (room, during without overlaps));
+             create table stay (id int primary key, room int4range, during daterange,
+                 foreign key (room, period during) references booked (room, period during));
+             create table priced (id int primary key, room int4range, during daterange,
+                 unique (room, during without overlaps))");
+        let refused_key = refused("55000", "select tandem.add_table('booked')");
+        assert!(refused_key.message.contains("no key"), "{refused_key:?}");
+        refused("0A000", "select tandem.add_table('stay')");
+        run("select tandem.add_table('priced')");
+    }
+
     #[pg_test]
     fn add_table_refuses_wrong_cells() {
         ready();

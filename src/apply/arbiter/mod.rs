@@ -47,6 +47,8 @@ pub struct Ruling {
     key: Vec<Vec<u8>>,
     /// The conflict that it is about.
     record: Uuid,
+    /// The birth of the life that it is about.
+    life: Hlc,
     cells: Vec<CellRuling>,
     calls: Vec<handler::Call>,
 }
@@ -133,6 +135,7 @@ pub fn consider(pair: &Pair<'_>, loss: &Loss, decided: &Decided, record: &Record
         relid: pair.rel.relid,
         key: row::encoded_key(pair.rel, &pair.local.key),
         record: record.conflict_id,
+        life: pair.state.versions.birth.max(pair.verdict.versions.birth),
         cells: Vec::new(),
         calls: Vec::new(),
     };
@@ -214,6 +217,11 @@ fn write_in(table: &mut Table, ruling: &Ruling, gone: &mut Vec<super::parents::G
     let _owner = ActingAs::owner(rel.owner);
     let key: Vec<_> = ruling.key.iter().zip(&rel.key).map(|(v, i)| codec::decode(&rel.columns[*i], v)).collect();
     let Some(old) = table.lock_row(&key, false) else { return Ok(None) };
+    let (_, mut versions) = table.versions_of(&old)?;
+    // What didn't show was not locked: a local user may have inserted the key since, and has never met this pair.
+    if versions.birth > ruling.life {
+        return Ok(None);
+    }
     let mut row = old.clone();
     let mut reinstated = Vec::new();
     for cell in &ruling.cells {
@@ -232,7 +240,6 @@ fn write_in(table: &mut Table, ruling: &Ruling, gone: &mut Vec<super::parents::G
     if cells.is_empty() {
         return Ok(None);
     }
-    let (_, mut versions) = table.versions_of(&old)?;
     let version = capture::own_update(&rel, &mut versions, cells.clone(), &old, &row);
     table.set_versions(&mut row, version, &versions);
     for parent in &table.parents_of {

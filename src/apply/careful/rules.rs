@@ -146,13 +146,17 @@ fn uniques(candidate: &Candidate, relid: pg_sys::Oid, key_index: pg_sys::Oid) ->
     })
 }
 
+/// What a constraint `c` has to be to count: from 18 on it may be there and not be enforced.
+const ENFORCED: &str = if cfg!(feature = "pg18") { "c.conenforced" } else { "true" };
+
 fn checks(candidate: &Candidate, relid: pg_sys::Oid) -> Result<Vec<Check>> {
-    const QUERY: &str = "
-        select conname::text, pg_get_expr(conbin, conrelid) from pg_catalog.pg_constraint
-        where conrelid = $1 and contype = 'c' order by 1";
+    let query = format!(
+        "select c.conname::text, pg_get_expr(c.conbin, c.conrelid) from pg_catalog.pg_constraint c
+         where c.conrelid = $1 and c.contype = 'c' and {ENFORCED} order by 1"
+    );
     Spi::connect(|client| {
         let mut found = Vec::new();
-        for row in client.select(QUERY, None, &[relid.into()])? {
+        for row in client.select(query.as_str(), None, &[relid.into()])? {
             let text = |i| -> Result<String> { Ok(row.get::<String>(i)?.unwrap_or_default()) };
             let broken = format!("select 1 from {} given where not ({})", candidate.parameter(1), text(2)?);
             found.push(Check { name: text(1)?, broken });
@@ -175,7 +179,7 @@ fn foreign_keys(side: &str, relid: pg_sys::Oid) -> Result<Vec<ForeignKey>> {
                        join pg_catalog.pg_namespace n on n.oid = o.oprnamespace where o.oid = c.conpfeqop[i]) o on true
          join pg_catalog.pg_class cr on cr.oid = c.conrelid join pg_catalog.pg_namespace cn on cn.oid = cr.relnamespace
          join pg_catalog.pg_class pr on pr.oid = c.confrelid join pg_catalog.pg_namespace pn on pn.oid = pr.relnamespace
-         where c.{side} = $1 and c.contype = 'f' and c.conparentid = 0
+         where c.{side} = $1 and c.contype = 'f' and c.conparentid = 0 and {ENFORCED}
          group by c.oid, c.conname, c.conrelid, c.confrelid, c.conkey, c.confkey, cn.nspname, cr.relname, pn.nspname,
                   pr.relname
          order by 1"
