@@ -240,6 +240,33 @@ fn s38_a_parent_goes_and_a_child_comes() {
 }
 
 #[test]
+fn s38_two_parents_of_one_child_go() {
+    both_ways("s38_two", |pair, first, second, t| {
+        let (one, other) = (format!("{t}_one"), format!("{t}_other"));
+        pair.table(&one, "id int primary key, n text");
+        pair.table(&other, "id int primary key, n text");
+        pair.table(t, &format!("id int primary key, one_id int references {one}, other_id int references {other}"));
+        first.exec(&format!("insert into {one} values (1, 'one')"));
+        first.exec(&format!("insert into {other} values (1, 'other')"));
+        pair.sync();
+        pair.partition();
+        first.exec(&format!("delete from {one}"));
+        first.exec(&format!("delete from {other}"));
+        tick();
+        second.exec(&format!("insert into {t} values (7, 1, 1)"));
+        pair.heal();
+        settles(pair, &format!("select id, one_id, other_id from {t}"), &["7|1|1"]);
+        settles(pair, &format!("select n from {one} union all select n from {other}"), &["one", "other"]);
+        [t, one.as_str(), other.as_str()].into_iter().for_each(|table| pair.assert_converged(table));
+        // Both parents are on record.
+        for parent in [&one, &other] {
+            let records = pair.history(parent);
+            assert!(records.iter().any(|r| r["conflict_type"] == "foreign_key_violation"), "{records:?}");
+        }
+    });
+}
+
+#[test]
 fn s38_cascade_deletes_the_child() {
     both_ways("s38_c", |pair, first, second, t| {
         family(pair, t, "cascade", "");

@@ -101,6 +101,8 @@ fn child(scene: &mut Scene<'_>, relid: pg_sys::Oid, tuple: pg_sys::HeapTuple) ->
     match (remedy(on_fk, state), &parent) {
         (Remedy::Revive, Some((parent_key, tombstone))) => {
             if revive(scene, key, relid, kept, parent_key, tombstone)? {
+                // It may point at more than one that is gone.
+                scene.careful.children.push((relid, kept));
                 return Ok(());
             }
             wait(scene, key, relid, kept, true)
