@@ -161,6 +161,14 @@ fn remove(relid: pg_sys::Oid, name: &str) -> Result<()> {
     }
     Spi::run(&format!("alter table {name} drop column if exists _hlc, drop column if exists _cells"))?;
     let _catalog = ActingAs::superuser();
+    let displaced = "select count(*) from tandem.displaced where relid = $1";
+    let displaced = Spi::get_one_with_args::<i64>(displaced, &[relid.into()])?.unwrap_or(0);
+    if displaced > 0 {
+        advice::warn(
+            &format!("{displaced} rows of table {name} that a constraint kept out of it are not in it now"),
+            Some("Their content stands in tandem.conflicts."),
+        );
+    }
     for forget in [
         "delete from tandem.held h using pg_class c, pg_namespace n
          where c.oid = $1 and n.oid = c.relnamespace and h.schema_name = n.nspname and h.table_name = c.relname",
