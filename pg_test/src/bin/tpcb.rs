@@ -1,5 +1,6 @@
 //! TPC-B on both nodes at once, and an audit of every balance that was written:
-//! `cargo run -p tandem-pg-test --bin tpcb`. With the argument `plain`, pgbench's own script, without the log.
+//! `cargo run -p tandem-pg-test --bin tpcb`. With the argument `plain`, pgbench's own script, without the log; with
+//! `counter`, the same with the balances as counters: their sums must be what the history adds up to.
 //!
 //! `SCALE` (10), `CLIENTS` (2) on each node and `SECONDS_OF_LOAD` (60) size it. Exits with 0 if both databases
 //! are equal, and every balance that isn't there any more was seen by its successor or is on record.
@@ -11,20 +12,31 @@ use tandem_pg_test::ledger::Ledger;
 use tandem_pg_test::{Pair, tpcb};
 
 fn main() -> ExitCode {
-    let plain = std::env::args().nth(1).is_some_and(|argument| argument == "plain");
+    let argument = std::env::args().nth(1).unwrap_or_default();
+    let counter = argument == "counter";
+    let plain = counter || argument == "plain";
     let scale = setting("SCALE", 10);
-    let pair = Pair::new();
+    let pair = Pair::builder().unconnected().start();
     for node in pair.nodes() {
         tpcb::init(node, scale);
     }
     pair.exec("select tandem.add_tables_in_schema('public')");
+    if counter {
+        for (table, _, balance) in tpcb::BALANCES {
+            pair.exec(&format!("select tandem.set_policy('{table}', 'counter', columns => '{{{balance}}}')"));
+        }
+    }
+    pair.connect();
     for table in tpcb::TABLES {
         pair.wait_active(table);
     }
 
     load(&pair, scale, plain);
     let mut good = compare(&pair);
-    sums(&pair);
+    let agree = sums(&pair);
+    if counter {
+        good &= agree;
+    }
     if !plain {
         good &= audit(&pair, &tpcb::ledger(&pair));
     }
@@ -74,14 +86,18 @@ fn compare(pair: &Pair) -> bool {
     equal
 }
 
-fn sums(pair: &Pair) {
+/// True if all balances add up to the history, on both nodes.
+fn sums(pair: &Pair) -> bool {
     println!("Sums");
+    let mut agree = true;
     let history = pair.a.number("select sum(delta) from pgbench_history");
     println!("  all that was added (history) {history}");
     for (table, _, balance) in tpcb::BALANCES {
         let sum = pair.a.number(&format!("select sum({balance}) from {table}"));
         println!("  {table:<28} {sum:>8}  ({} from it)", sum - history);
+        agree &= sum == history && sum == pair.b.number(&format!("select sum({balance}) from {table}"));
     }
+    agree
 }
 
 fn audit(pair: &Pair, ledger: &Ledger) -> bool {
