@@ -1,4 +1,4 @@
-//! Scenarios 30 to 42, 103 and 106: unique, exclusion and CHECK constraints and foreign keys that merging would
+//! Scenarios 30 to 43, 103, 104 and 106: unique, exclusion and CHECK constraints and foreign keys that merging would
 //! violate. Nothing stops the stream, nothing is lost, both nodes show the same rows. Each goes both ways.
 
 use tandem_pg_test::conflict::Record;
@@ -456,7 +456,7 @@ fn s42_a_key_change_against_an_update_and_a_delete() {
 }
 
 #[test]
-fn s43_a_truncate_leaves_what_it_had_not_seen() {
+fn s43_and_104_a_truncate_leaves_what_it_had_not_seen() {
     both_ways("s43", |pair, first, second, t| {
         pair.table(t, "id int primary key, a text, b text");
         pair.a.exec(&format!("insert into {t} values (1, 'x', 'b'), (2, 'y', 'b')"));
@@ -467,6 +467,9 @@ fn s43_a_truncate_leaves_what_it_had_not_seen() {
         second.exec(&format!("insert into {t} values (3, 'new', 'b'); update {t} set a = 'changed' where id = 2"));
         pair.heal();
         settles(pair, &format!("select id, a, b from {t} order by id"), &["2|changed|b", "3|new|b"]);
+        let records = pair.history(t);
+        assert!(records.iter().all(|record| record["key_tuple"]["id"] == 2), "{records:?}");
+        assert!(records.iter().any(|record| record["conflict_type"] == "truncate_origin_differs"), "{records:?}");
         pair.assert_converged(t);
         pair.assert_quiet();
     });
