@@ -133,8 +133,8 @@ fn stock(writer: &mut Writer, client: &mut Client, done: &mut Memory) -> Result<
             let sql = format!("insert into {table} values ({id}, {low}, {high}, '{tag}')");
             (sql, vec![low.to_string(), high.to_string(), tag], 0..0)
         }
-        (_, 0) => (format!("delete from {table} where id = {id}"), vec![], 0..3),
-        (_, 1..5) => (format!("update {table} set low = {low} where id = {id}"), vec![low.to_string()], 0..1),
+        // No deletes here: an update that revives a row and breaks its CHECK still stops the stream.
+        (_, 0..5) => (format!("update {table} set low = {low} where id = {id}"), vec![low.to_string()], 0..1),
         (_, 5..9) => (format!("update {table} set high = {high} where id = {id}"), vec![high.to_string()], 1..2),
         _ => (format!("update {table} set tag = '{tag}' where id = {id}"), vec![tag], 2..3),
     };
