@@ -11,7 +11,8 @@ use crate::workload::{Memory, Plan, Watched, Workload, Writer};
 const TABLES: &[Watched] = &[
     Watched { table: "customer", columns: &["name", "phone"] },
     Watched { table: "purchase", columns: &["note"] },
-    Watched { table: "stock", columns: &["low", "high", "tag"] },
+    // Not low and high: of values that a broken CHECK holds back one may still be lost without a record.
+    Watched { table: "stock", columns: &["tag"] },
 ];
 
 /// Values of the unique columns: few, so that they are contested.
@@ -122,8 +123,7 @@ fn purchase(writer: &mut Writer, client: &mut Client, done: &mut Memory) -> Resu
 
 fn stock(writer: &mut Writer, client: &mut Client, done: &mut Memory) -> Result<(), Failure> {
     let (table, id) = (writer.table("stock"), writer.random.random_range(1..=writer.keys));
-    let old = seen(client, &table, "low, high, tag", id)?;
-    // No two draws of a run are alike, as good as surely.
+    let old = seen(client, &table, "tag", id)?;
     let (low, high) = (writer.random.random_range(0..1u64 << 50), writer.random.random_range(0..1u64 << 50));
     let tag = writer.next("t");
     let choice = writer.random.random_range(0..10);
@@ -131,12 +131,12 @@ fn stock(writer: &mut Writer, client: &mut Client, done: &mut Memory) -> Result<
         (None, _) => {
             let (low, high) = (low.min(high), low.max(high));
             let sql = format!("insert into {table} values ({id}, {low}, {high}, '{tag}')");
-            (sql, vec![low.to_string(), high.to_string(), tag], 0..0)
+            (sql, vec![tag], 0..0)
         }
         // No deletes here: an update that revives a row and breaks its CHECK still stops the stream.
-        (_, 0..5) => (format!("update {table} set low = {low} where id = {id}"), vec![low.to_string()], 0..1),
-        (_, 5..9) => (format!("update {table} set high = {high} where id = {id}"), vec![high.to_string()], 1..2),
-        _ => (format!("update {table} set tag = '{tag}' where id = {id}"), vec![tag], 2..3),
+        (_, 0..5) => (format!("update {table} set low = {low} where id = {id}"), vec![], 0..0),
+        (_, 5..9) => (format!("update {table} set high = {high} where id = {id}"), vec![], 0..0),
+        _ => (format!("update {table} set tag = '{tag}' where id = {id}"), vec![tag], 0..1),
     };
     writer.say(client, done, id, &sql, &format!("{old:?}"))?;
     done.seen.extend(old.into_iter().flat_map(|old| old[replaced.clone()].to_vec()));
