@@ -12,9 +12,9 @@ mod question;
 pub mod rules;
 mod unique;
 
-use super::merging;
 use super::row::{Work, key_bytes, key_of};
 use super::table::{Row, Table};
+use super::{conflict, merging};
 use crate::displaced::{self, Displaced, Listed, WaitsFor};
 use crate::error::{Error, Result};
 use crate::pg::identity::ActingAs;
@@ -130,6 +130,18 @@ impl Scene<'_> {
         let _memory = table.enter_row_memory();
         let row = unique::row_of(table, &displaced.row)?;
         let kept = table.keep(&row);
+        if listed.waits_for != WaitsFor::Check {
+            let key = key_values(table, &listed.key)?;
+            if let Some(shown) = table.lock_row(&key, false) {
+                // The key shows another row by now: that is the one that counts.
+                let (by, _) = table.versions_of(&shown)?;
+                let rel = table.synced.clone();
+                conflict::inserted_over(&rel, &listed.key, &displaced.row, by)?;
+                self.work.writes_own = true;
+                displaced::remove(listed.relid, &listed.key);
+                return Ok(());
+            }
+        }
         match listed.waits_for {
             // Also who waits for a parent: rows that came meanwhile may hold what it claims.
             WaitsFor::Place | WaitsFor::Parent => {}
